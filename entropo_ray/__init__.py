@@ -1,0 +1,1 @@
+"""EntroPO for coding agents on Ray."""

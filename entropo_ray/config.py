@@ -1,0 +1,359 @@
+"""Every knob once: files and words to frozen dataclasses.
+
+Any number of YAML files and `key=value` words are merged left to right over the defaults below. Units are in the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """jobs/pack.py: where tasks come from."""
+
+    source: Literal["local"] = "local"
+    count: int = 64  # training tasks
+    held_out: int = 50  # tasks of the test split
+    ambiguous: float = 0.34  # share of tasks whose issue leaves two or more plausible causes
+    hidden: float = 0.08  # share of tasks that hide the type of the answer (same issue, different hidden tests)
+    runs: int = 1  # times that the reference patch must pass and the empty patch must fail
+
+
+@dataclass(frozen=True)
+class Tasks:
+    path: str = "runs/packs/local"
+    split: Literal["train", "test", "all"] = "train"
+    limit: int | None = None  # the first so many
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Limits of one episode and what the policy sees."""
+
+    tools: Literal["r2egym"] = "r2egym"
+    prompt: Literal["full", "brief"] = "full"  # brief: a few lines, for policies of a few million parameters
+    max_steps: int = 50  # soft: the countdown ends here
+    max_steps_hard: int = 60
+    max_tokens: int = 65_536  # prompt and all turns, in the policy's own tokens
+    max_reply_tokens: int = 16_384
+    min_reply_tokens: int = 256  # less room than this ends the episode
+    tool_s: float = 90.0  # one tool call
+    llm_s: float = 600.0  # one generation
+    wall_s: float = 3600.0  # one episode
+    extract_s: float = 60.0  # reading the patch at the end
+    malformed_limit: int = 3  # consecutive unreadable replies; 0: no limit
+    observation_chars: int = 10_000
+    observation_lines: int = 80
+    countdown: bool = True  # tell the policy how many steps remain
+    auto_concise_lines: int = 110  # condensed view of longer Python files; 0: never
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Limits of one sandbox; `grade_*` hold where hidden tests run."""
+
+    backend: Literal["bwrap"] = "bwrap"
+    memory_mb: int = 4096
+    pids: int = 256
+    disk_mb: int = 2048
+    output_kb: int = 64
+    grade_s: float = 300.0
+    life_s: float = 3600.0
+    strict: bool = False  # refuse to start where a limit cannot be enforced
+
+
+@dataclass(frozen=True)
+class Rollout:
+    samples: int = 16  # attempts per task
+    tasks: int | None = None  # tasks drawn for one round, by (seed, round); none: all
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    engines: int = 1
+    engine_gpus: int = 1  # 0: the CPU build of vLLM
+    engine_kv_mb: int = 0  # key-value cache; 0: vLLM decides
+    episodes: int = 64  # in flight over all episode actors
+    episode_actors: int = 1
+    graders: int = 8  # in flight over all grader actors
+    tries: int = 3  # times that an episode or grade lost to infrastructure is asked for
+    agent: Agent = field(default_factory=Agent)
+    sandbox: Sandbox = field(default_factory=Sandbox)
+
+
+@dataclass(frozen=True)
+class Preference:
+    finished_only: bool = True  # only episodes that called finish teach
+    pairs_per_task: int = 8
+    pairing: Literal["random"] = "random"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fitting stage; accumulation is derived: batch / (workers x micro_batch)."""
+
+    max_tokens: int = 65_536  # longer trajectories are an error here, never cut
+    lr: float = 1e-5
+    warmup: float = 0.1  # share of steps
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global gradient norm
+    epochs: int = 1
+    batch: int = 32  # units (pairs, labels or examples) a step, over all workers
+    micro_batch: int = 1  # units a worker holds at once
+    workers: int = 1
+    worker_gpus: int = 1  # 0: gloo on CPU
+    worker_threads: int = 0  # torch threads of a CPU worker; 0: cores / workers
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    offload: bool = False
+    checkpoint_steps: int = 0  # steps between in-stage checkpoints; 0: none
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpointing: bool = False  # recompute activations in the backward pass
+
+
+@dataclass(frozen=True)
+class Train(Fit):
+    """The EntroPO update (method: alpha = beta + entropy)."""
+
+    loss: Literal["dpo", "kto"] = "dpo"
+    beta: float = 0.1
+    entropy: float = 0.01  # lambda
+    smoothing: float = 0.05  # label smoothing of dpo
+    nll: float = 0.0  # weight of the chosen trajectory's mean negative log-likelihood
+    length: Literal["raw", "debias", "mean"] = "debias"
+    weight_pass: float = 1.0
+    weight_fail: float = 1.0
+    reference: Literal["round", "first"] = "round"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of the randomly initialised Qwen3 that jobs/sft.py starts from when sft.base is empty."""
+
+    vocab: int = 1024
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    mlp: int = 384
+
+
+@dataclass(frozen=True)
+class Sft(Fit):
+    teacher: Literal["scripted"] = "scripted"
+    base: str = ""  # a Hugging Face causal LM; "": a tokenizer and a random Qwen3 are made here
+    samples: int = 2  # teacher attempts per training task
+    error_rate: float = 0.45  # share of attempts in which the teacher errs on purpose
+    keep: Literal["all", "finished", "resolved"] = "finished"
+    shape: Model = field(default_factory=Model)
+
+
+@dataclass(frozen=True)
+class Verifier(Fit):
+    base: str = ""  # "": the run's model
+    app: str = "verifier"  # name of the Serve application
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    replica_gpus: int = 1
+    batch_tokens: int = 65_536  # padded tokens scored at once
+
+
+@dataclass(frozen=True)
+class Select:
+    execution: bool = True
+    verifier_min: float = 0.01
+    tie: Literal["verifier", "most_turns", "fewest_turns", "first"] = "verifier"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    tasks: Tasks = field(default_factory=lambda: Tasks(split="test"))
+    model: str = ""  # "": the policy of the last whole round
+    name: str = ""  # result goes to evaluation-<name>; "": evaluation
+    samples: int = 16
+    select: Select = field(default_factory=Select)
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str = "???"  # directory or hub name of the first policy
+    run_dir: str = "???"
+    rounds: int = 3
+    seed: int = 0
+    ray_cpus: int = 0  # logical CPUs of a local cluster; 0: what the machine has
+    pack: Pack = field(default_factory=Pack)
+    tasks: Tasks = field(default_factory=Tasks)
+    rollout: Rollout = field(default_factory=Rollout)
+    preference: Preference = field(default_factory=Preference)
+    train: Train = field(default_factory=Train)
+    sft: Sft = field(default_factory=Sft)
+    verifier: Verifier = field(default_factory=Verifier)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+# What may differ between two starts of one run: speed, and what comes later.
+MAY_CHANGE = (
+    "rounds",
+    "ray_cpus",
+    "evaluate.",
+    "pack.",
+    "rollout.engines",
+    "rollout.engine_kv_mb",
+    "rollout.episodes",
+    "rollout.episode_actors",
+    "rollout.graders",
+    "rollout.tries",
+    "train.workers",
+    "train.worker_threads",
+    "train.micro_batch",
+    "train.offload",
+    "train.checkpoint_steps",
+    "sft.workers",
+    "sft.worker_threads",
+    "sft.micro_batch",
+    "verifier.",
+)
+
+
+def load(schema: type[C], words: list[str]) -> C:
+    """Dataclass defaults <- YAML files <- `key=value` words, left to right.
+
+    Raises ValueError with one line naming the key, the value and what to do.
+    """
+    merged = OmegaConf.structured(schema)
+    for word in words:
+        try:
+            merged = OmegaConf.merge(merged, _layer(word))
+        except OmegaConfBaseException as error:
+            raise ValueError(_complaint(schema, word, error)) from None
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ValueError(f"{missing[0]} is required: give it in a YAML file or as {missing[0]}=VALUE")
+    config = typing.cast(C, OmegaConf.to_object(merged))
+    check = getattr(config, "model", None) is not None and schema is Run
+    if check:
+        _check(typing.cast(Run, config))
+    return config
+
+
+def _layer(word: str) -> Any:
+    if "=" in word and not word.endswith((".yaml", ".yml")):
+        key, _, value = word.partition("=")
+        if value == "":
+            # the YAML reading of nothing is null; on a command line it means the empty text
+            return OmegaConf.from_dotlist([f"{key}=''"])
+        return OmegaConf.from_dotlist([word])
+    path = Path(word)
+    if not path.is_file():
+        raise ValueError(f"{word}: no such configuration file (words are FILE.yaml or key=value)")
+    try:
+        return OmegaConf.load(path)
+    except Exception as error:  # any YAML error; the library has a dozen classes for them
+        raise ValueError(f"{word}: not readable as YAML: {str(error).splitlines()[0]}") from None
+
+
+def _complaint(schema: type, word: str, error: OmegaConfBaseException) -> str:
+    key = str(getattr(error, "full_key", None) or "")
+    what = str(error).splitlines()[0]
+    if "not in" in what:
+        near = difflib.get_close_matches(key, keys(schema), n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{word}: unknown key {key}{hint}"
+    return f"{word}: {key}: {what}"
+
+
+def keys(schema: type) -> list[str]:
+    """Every key of a schema with its full path."""
+    return [key for key, _ in _flat(OmegaConf.to_container(OmegaConf.structured(schema)))]
+
+
+def _flat(node: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from _flat(value, f"{prefix}{name}.")
+    else:
+        yield prefix[:-1], node
+
+
+def _check(cfg: Run) -> None:
+    """Combinations that cannot work, refused before any machine is asked for."""
+    agent = cfg.rollout.agent
+    train = cfg.train
+    rules: list[tuple[bool, str]] = [
+        (cfg.rounds >= 0, f"rounds={cfg.rounds}: must not be negative"),
+        (cfg.rollout.samples >= 1, f"rollout.samples={cfg.rollout.samples}: must be at least 1"),
+        (cfg.rollout.temperature > 0, f"rollout.temperature={cfg.rollout.temperature}: must be above 0"),
+        (train.beta >= 0, f"train.beta={train.beta}: must not be negative"),
+        (train.entropy >= 0, f"train.entropy={train.entropy}: must not be negative"),
+        (train.beta + train.entropy > 0, "train.beta=0 and train.entropy=0: one of them must be positive"),
+        (0 <= train.smoothing < 0.5, f"train.smoothing={train.smoothing}: must lie in [0, 0.5)"),
+        (agent.tool_s < agent.wall_s, f"rollout.agent.tool_s={agent.tool_s}: must be below wall_s={agent.wall_s}"),
+        (
+            agent.max_steps <= agent.max_steps_hard,
+            f"rollout.agent.max_steps={agent.max_steps}: must not exceed max_steps_hard={agent.max_steps_hard}",
+        ),
+        (
+            agent.min_reply_tokens <= agent.max_reply_tokens < agent.max_tokens,
+            f"rollout.agent.max_reply_tokens={agent.max_reply_tokens}: must lie between "
+            f"min_reply_tokens={agent.min_reply_tokens} and max_tokens={agent.max_tokens}",
+        ),
+        (0 <= cfg.sft.error_rate < 1, f"sft.error_rate={cfg.sft.error_rate}: must lie in [0, 1)"),
+        (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
+    ]
+    for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
+        share = fit.workers * fit.micro_batch
+        rules += [
+            (fit.workers >= 1, f"{name}.workers={fit.workers}: must be at least 1"),
+            (fit.lr > 0, f"{name}.lr={fit.lr}: must be above 0"),
+            (
+                share > 0 and fit.batch % share == 0,
+                f"{name}.batch={fit.batch}: must be a multiple of workers x micro_batch = {share}",
+            ),
+        ]
+    for holds, complaint in rules:
+        if not holds:
+            raise ValueError(complaint)
+
+
+def pin(cfg: Run) -> None:
+    """Write run_dir/config.yaml, or hold this start against the one that is there.
+
+    Raises ValueError with the first key that differs and is not in MAY_CHANGE: a run keeps its configuration.
+    """
+    run_dir = Path(cfg.run_dir)
+    path = run_dir / "config.yaml"
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not run_dir.is_absolute():
+        raise ValueError(
+            f"run_dir={cfg.run_dir}: a submitted job runs in a temporary copy; give an absolute path on shared storage"
+        )
+    new = OmegaConf.structured(cfg)
+    if path.is_file():
+        old = dict(_flat(OmegaConf.to_container(OmegaConf.load(path))))
+        for key, value in _flat(OmegaConf.to_container(new)):
+            fixed = not any(key == k or (k.endswith(".") and key.startswith(k)) for k in MAY_CHANGE)
+            if fixed and key in old and old[key] != value:
+                raise ValueError(
+                    f"{key}={value}: {path} was made with {key}={old[key]}; give another run_dir, or the old value"
+                )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(OmegaConf.to_yaml(new))
+    partial.replace(path)
+
+
+def section(cfg: Any) -> dict[str, Any]:
+    """A section as plain values, for workers and records of a run."""
+    return dataclasses.asdict(cfg)

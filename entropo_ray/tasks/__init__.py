@@ -1,0 +1,1 @@
+"""One issue and its hidden answer: where tasks come from."""
