@@ -24,6 +24,7 @@ class Pack:
     """jobs/pack.py: where tasks come from."""
 
     source: Literal["local"] = "local"
+    seed: int = 0  # of the generated tasks; a run's own seed is another, so that runs can share a pack
     count: int = 64  # training tasks
     held_out: int = 50  # tasks of the test split
     ambiguous: float = 0.34  # share of tasks whose issue leaves two or more plausible causes

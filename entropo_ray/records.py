@@ -347,7 +347,8 @@ def arrow_schema(record: type[Any]) -> pa.Schema:
     Explicit, because pyarrow infers `list<null>` from an empty list: the first trajectory without turns would break
     the data set.
     """
-    return _schema(record)
+    key: Any = record  # a cached function wants a Hashable, which mypy does not see in a type
+    return _schema(key)
 
 
 @functools.cache
@@ -389,7 +390,7 @@ def _typed(hint: Any, value: Any) -> Any:
 
 def from_row(record: type[R], row: Mapping[str, Any]) -> R:
     """A row of plain values as a record; columns that the record does not have are ignored (projection)."""
-    return record(**{name: _typed(hint, row[name]) for name, hint in _hints(record).items()})
+    return record(**{name: _typed(hint, row[name]) for name, hint in _hints(typing.cast(Any, record)).items()})
 
 
 def to_table(record: type, records: Iterable[Any]) -> pa.Table:
