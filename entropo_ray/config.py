@@ -30,6 +30,7 @@ class Pack:
     ambiguous: float = 0.34  # share of tasks whose issue leaves two or more plausible causes
     hidden: float = 0.08  # share of tasks that hide the type of the answer (same issue, different hidden tests)
     runs: int = 1  # times that the reference patch must pass and the empty patch must fail
+    check: bool = False  # prove the pack that lies at tasks.path again, instead of making one
 
 
 @dataclass(frozen=True)

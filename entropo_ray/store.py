@@ -189,6 +189,19 @@ def read(product: Path, record: type[R]) -> Iterator[R]:
         yield from from_table(record, pq.read_table(part, columns=columns))
 
 
+def find(product: Path, record: type[R], keys: Iterable[tuple[str, int]]) -> list[R]:
+    """The records with these (task_id, sample), by key; the others are filtered before they become records."""
+    wanted = set(keys)
+    tasks = [("task_id", "in", sorted({task_id for task_id, _ in wanted}))]
+    found: dict[tuple[str, int], R] = {}
+    for part in parts_of(product) if wanted else []:
+        table = pq.read_table(part, columns=arrow_schema(record).names, filters=tasks)
+        names = list(zip(table["task_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
+        mine = table.filter(pa.array([key in wanted for key in names], pa.bool_()))
+        found |= zip((key for key in names if key in wanted), from_table(record, mine), strict=True)
+    return [found[key] for key in sorted(found)]
+
+
 def rows(product: Path) -> int:
     return sum(pq.ParquetFile(p).metadata.num_rows for p in parts_of(product))
 

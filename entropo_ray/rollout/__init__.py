@@ -1,1 +1,1 @@
-"""rollout"""
+"""Episodes by the thousand: vLLM engines, the classes that Ray Data maps, and the stages `sample`, `teach`, `retell`."""

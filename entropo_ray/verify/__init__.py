@@ -1,1 +1,1 @@
-"""verify"""
+"""A verifier: the probability that a patch resolves its issue, told without running anything."""

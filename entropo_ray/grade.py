@@ -1,0 +1,474 @@
+"""What the hidden tests say of a patch: a fresh sandbox, the patch's bytes, then the tests, then a judgement.
+
+Only this room and `tasks` open answers. Product code and tests share one interpreter, so evidence can be forged; it is
+asked for in several ways (every test file gets one more test that must pass and one that must fail, pytest's reports
+are held against the calls themselves, and both against the exit code), and evidence that contradicts itself is
+TAMPERED. A sandbox that dies raises SandboxError: no verdict is not a failed one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import secrets
+import string
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from entropo_ray import config, sandbox
+from entropo_ray.records import Answer, Grade, Task, Verdict, to_row
+from entropo_ray.sandbox import ExecResult, SandboxError, SandboxSpec
+from entropo_ray.tasks import pack
+
+GRADER_VERSION = "pytest-1"  # part of every cache key: raise it when a verdict could change
+
+# nothing of what loads pytest is garbage: collecting meanwhile costs a seventh of the CPU time of a short run
+_INSIDE = "import gc\ngc.disable()\n" + Path(__file__).with_name("grade_inside.py").read_text()
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "TZ": "UTC", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+_EVIDENCE_BYTES = 8 << 20  # about 20,000 tests
+_TESTS_FAILED = 1  # pytest's exit code when it ran to its end and a test failed, as one always does here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """Which tests decide, and which are only reported."""
+
+    passing: tuple[str, ...]
+    failing: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.passing, *self.failing, *self.watched)))
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({_file(test) for test in self.ids})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """Two tests with random names at the end of one test file.
+
+    The names are made of the words of the expected tests, so that no name tells a canary from a test.
+    """
+
+    passing: str
+    failing: str
+
+    @classmethod
+    def hatch(cls, tests: Sequence[str]) -> Canary:
+        words = sorted({word for test in tests for word in re.findall("[a-z]+", test.lower()) if len(word) > 2})
+        taken = {_name(test) for test in tests}
+        names: list[str] = []
+        while len(names) < 2:
+            ending = "".join(secrets.choice(string.ascii_lowercase) for _ in range(5))
+            name = "_".join(["test", secrets.choice(words), ending, secrets.choice(words)])
+            if name not in taken:
+                taken.add(name)
+                names.append(name)
+        return cls(passing=names[0], failing=names[1])
+
+    def text(self) -> str:
+        a, b = secrets.randbelow(900) + 100, secrets.randbelow(900) + 100
+        tests = [(self.passing, a * b), (self.failing, a * b + secrets.randbelow(90) + 10)]
+        tests.sort()  # by name, so that the order tells nothing either
+        return "".join(f"\n\ndef {name}():\n    assert {a} * {b} == {product}\n" for name, product in tests)
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What one run said, as lines in a pipe that cannot be unsaid."""
+
+    exit_code: int | None
+    ready: bool = False  # the patch is applied, the tests are written, pytest starts
+    end: int | None = None  # pytest's own exit code; None: it never came to its end
+    empty: bool = False  # nothing of the patch is left to grade
+    patch_failed: str = ""
+    dropped: list[str] = field(default_factory=list)
+    phases: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # test id -> (phase, outcome) ...
+    uncollected: dict[str, str] = field(default_factory=dict)  # collector that could not be read -> why
+    why: dict[str, str] = field(default_factory=dict)  # test id -> first line of its failure
+    strange: list[str] = field(default_factory=list)  # what no honest run says
+
+    def passed(self, test: str) -> bool:
+        phases = self.phases.get(test, [])
+        return (
+            phases.count(("ran", "passed")) == 1
+            and {phase for phase, _ in phases} == _PHASES
+            and not ({outcome for _, outcome in phases} - {"passed"})
+        )
+
+    def failed(self, test: str) -> bool:
+        return any(outcome == "failed" for _, outcome in self.phases.get(test, []))
+
+    def collected(self, path: str) -> bool:
+        """False where an import error, or its like, kept a whole file from being read."""
+        return not any(path == node or node == "" or path.startswith(f"{node}/") for node in self.uncollected)
+
+
+_PHASES = {"setup", "ran", "call", "teardown"}
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
+
+
+# One run
+
+
+async def grade(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
+    """Hidden and visible tests on `patch`, in a fresh sandbox. SandboxError if it dies, ValueError on a bad answer."""
+    if not patch.strip():
+        return _verdict(Grade.EMPTY, "the patch is empty")
+    return await _hidden(task, patch, answer, cfg)
+
+
+async def check(task: Task, patch: str, cfg: config.Sandbox) -> Verdict:
+    """The visible tests alone on an untouched checkout with `patch`; RESOLVED if all pass. SandboxError if it dies."""
+    if not patch.strip():
+        return _verdict(Grade.EMPTY, "the patch is empty")
+    if not task.visible:
+        return _verdict(Grade.RESOLVED, "there are no visible tests")
+    return await _run(task, patch, Expectation(passing=task.visible), {}, cfg)
+
+
+async def _hidden(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
+    if answer.parser != "pytest":
+        raise ValueError(f"{task.id}: parser={answer.parser}: this grader runs pytest alone")
+    if not answer.fail_to_pass:
+        raise ValueError(f"{task.id}: fail_to_pass is empty: every patch would resolve it")
+    files = {file.path: file.text for file in answer.files}
+    expectation = Expectation(
+        passing=(*answer.fail_to_pass, *answer.pass_to_pass),
+        failing=answer.expected_failures,
+        watched=tuple(test for test in task.visible if _file(test) not in files),  # else the hidden version holds
+    )
+    return await _run(task, patch, expectation, files, cfg)
+
+
+async def _run(
+    task: Task, patch: str, expectation: Expectation, files: Mapping[str, str], cfg: config.Sandbox
+) -> Verdict:
+    nonce = secrets.token_hex(16)
+    canaries = {path: Canary.hatch(expectation.ids) for path in expectation.files}
+    order = {
+        "nonce": nonce,
+        "patch": patch,
+        "files": dict(files),
+        "tests": expectation.files,
+        "canaries": {path: canary.text() for path, canary in canaries.items()},
+    }
+    began = time.monotonic()
+    async with sandbox.open_sandbox(_spec(task, cfg), backend=cfg.backend) as box:
+        result = await box.exec(
+            ["python", "-P", "-c", _INSIDE], stdin=json.dumps(order).encode(), output_bytes=_EVIDENCE_BYTES
+        )
+    evidence = read_evidence(result, nonce)
+    decision, reason = judge(evidence, expectation, canaries, limit=_limit(result))
+    passed = tuple(test for test in expectation.ids if evidence.passed(test))
+    return Verdict(
+        grade=decision,
+        passed=passed,
+        failed=tuple(test for test in expectation.ids if test not in passed) if evidence.ready else (),
+        dropped=tuple(evidence.dropped),
+        exit_code=-1 if result.exit_code is None else result.exit_code,
+        runs=1,
+        seconds=time.monotonic() - began,
+        reason=reason,
+    )
+
+
+def _spec(task: Task, cfg: config.Sandbox) -> SandboxSpec:
+    return SandboxSpec(
+        image=task.image,
+        workdir=task.workdir,
+        env=_ENVIRONMENT,
+        limits=sandbox.limits(cfg, exec_s=cfg.grade_s),
+        labels={"role": "grade", "task": task.id},
+    )
+
+
+def _verdict(decision: Grade, reason: str) -> Verdict:
+    """A verdict for which nothing had to run."""
+    return Verdict(grade=decision, passed=(), failed=(), dropped=(), exit_code=-1, runs=0, seconds=0.0, reason=reason)
+
+
+def _limit(result: ExecResult) -> str:
+    """Which limit the run hit, "" for none."""
+    hit = {"time-out": result.timed_out, "out of memory": result.oom, "out of disk": result.disk_full}
+    return next((name for name, was in hit.items() if was), "")
+
+
+# Evidence
+
+
+def read_evidence(result: ExecResult, nonce: str) -> Evidence:
+    """The recorder's lines in a run's output. SandboxError if pytest never came to start, which no patch can cause."""
+    evidence = Evidence(result.exit_code)
+    for line in result.output.decode(errors="replace").split("\n"):
+        mark, _, said = line.partition("\t")
+        if mark == nonce:
+            _note(evidence, said.split("\t"))
+    if not (evidence.ready or evidence.empty or evidence.patch_failed):
+        tail = " ".join(result.output[-400:].decode(errors="replace").split())
+        raise SandboxError(f"the grader did not start (exit code {result.exit_code}): {tail}")
+    return evidence
+
+
+def _note(evidence: Evidence, words: list[str]) -> None:  # noqa: C901 - one case a kind of line
+    match words:
+        case _ if evidence.end is not None:
+            evidence.strange.append("a line after the end")
+        case ["ready"]:
+            evidence.ready = True
+        case ["end", code]:
+            evidence.end = int(code)
+        case ["empty"]:
+            evidence.empty = True
+        case ["patch_failed", why]:
+            evidence.patch_failed = why or "git apply failed"
+        case ["dropped", path]:
+            evidence.dropped.append(path)
+        case ["ran", outcome, test]:
+            evidence.phases.setdefault(test, []).append(("ran", outcome))
+        case ["changed", path]:
+            evidence.strange.append(f"{path} was not what the grader had written when it was read")
+        case ["collect", "failed", node, why]:
+            evidence.uncollected[node] = why
+        case ["collect", "skipped", *_]:
+            pass  # its canaries are missing, which says enough
+        case [phase, outcome, test, why]:
+            evidence.phases.setdefault(test, []).append((phase, outcome))
+            if outcome == "failed":
+                evidence.why.setdefault(test, why)
+        case _:
+            evidence.strange.append(f"an unreadable line: {words[0][:40]}")
+
+
+# Judgement
+
+
+def judge(
+    evidence: Evidence, expectation: Expectation, canaries: Mapping[str, Canary], *, limit: str = ""
+) -> tuple[Grade, str]:
+    """The grade, and one line that says why. `limit` is the resource limit that the run hit, if any."""
+    if evidence.patch_failed:
+        return Grade.PATCH_FAILED, evidence.patch_failed
+    if evidence.empty:
+        return Grade.EMPTY, "only protected files were changed"
+    if limit and evidence.end is None:
+        return Grade.TIMEOUT, limit
+    if contradiction := _contradiction(evidence, expectation, canaries):
+        return Grade.TAMPERED, contradiction
+    shortfall = _shortfall(evidence, expectation)
+    if shortfall and limit:
+        return Grade.TIMEOUT, limit
+    return (Grade.UNRESOLVED, shortfall) if shortfall else (Grade.RESOLVED, "")
+
+
+def _contradiction(evidence: Evidence, expectation: Expectation, canaries: Mapping[str, Canary]) -> str:
+    """How the evidence contradicts itself, "" if it does not."""
+    if evidence.end is None:  # a crash is honest, a crash that reports success is not
+        return "" if evidence.exit_code else "the process left with exit code 0 before pytest had ended"
+    if evidence.end != evidence.exit_code:
+        return f"pytest ended with {evidence.end}, its process with {evidence.exit_code}"
+    if evidence.strange:
+        return evidence.strange[0]
+    if evidence.end in (
+        2,
+        3,
+        4,
+    ):  # interrupted, internal error, usage: pytest itself says that it is not to be believed
+        return ""
+    for test, phases in evidence.phases.items():
+        if phases.count(("ran", "passed")) + phases.count(("ran", "failed")) > 1:
+            return f"{test} was called more than once"
+        if ("ran", "failed") in phases and ("call", "passed") in phases:
+            return f"{test} failed and was reported as passed"
+    for path, canary in canaries.items():
+        if evidence.collected(path) and (complaint := _dead(path, canary, evidence, expectation)):
+            return complaint
+    return "" if evidence.end == _TESTS_FAILED else f"exit code {evidence.end} although a test must fail"
+
+
+def _dead(path: str, canary: Canary, evidence: Evidence, expectation: Expectation) -> str:
+    """How the canary of one file that was read says that something is wrong."""
+    passing, failing = f"{path}::{canary.passing}", f"{path}::{canary.failing}"
+    if passing not in evidence.phases or not evidence.failed(failing):
+        return f"{path}: a test that must fail did not"
+    tests = [test for test in expectation.ids if _file(test) == path]
+    if not evidence.passed(passing) and any(evidence.passed(test) for test in tests):
+        return f"{path}: a test that must pass did not, others did"  # all failing is a broken fixture, and honest
+    gone = [t for t in tests if t not in evidence.phases and t.count("::") == 1 and "[" not in t]
+    return f"{gone[0]} is in its file and did not run" if gone else ""
+
+
+def _shortfall(evidence: Evidence, expectation: Expectation) -> str:
+    """What keeps the rule from being met, "" if nothing does."""
+    if evidence.end is None:
+        return f"the process ended before pytest did (exit code {evidence.exit_code})"
+    if evidence.end != _TESTS_FAILED:
+        return f"pytest ended with exit code {evidence.end}"
+    wrong = [test for test in expectation.passing if not evidence.passed(test)]
+    wrong += [test for test in expectation.failing if not evidence.failed(test)]
+    if not wrong:
+        return ""
+    first = wrong[0]
+    why = evidence.why.get(first) or next(iter(evidence.uncollected.values()), "") or "did not run"
+    return f"{len(wrong)} of {len(expectation.passing) + len(expectation.failing)} tests, {first}: {why}"
+
+
+# Answers
+
+
+class Answers:
+    """The answers of one pack, opaque to who holds them; equal patches of a task cost one run.
+
+    Verdicts are kept in memory by (task and answer, patch, grader version). Time-outs and lost sandboxes are not kept.
+    """
+
+    def __init__(self, answers: Mapping[str, Answer]) -> None:
+        self._answers = answers
+        self._runs: dict[str, asyncio.Task[Verdict]] = {}
+
+    async def grade(self, task: Task, patch: str, cfg: config.Sandbox) -> Verdict:
+        answer = self._answer(task)
+        key = _digest(json.dumps(to_row(task)), json.dumps(to_row(answer)), patch, GRADER_VERSION)
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = asyncio.create_task(grade(task, patch, answer, cfg))
+            run.add_done_callback(lambda ended: self._forget(key, ended))
+        return await asyncio.shield(run)  # who gives up waiting must not take the run from the others
+
+    async def validate(self, task: Task, cfg: config.Sandbox, *, runs: int) -> list[str]:
+        """As the function of that name, with the answer of this pack."""
+        return await validate(task, self._answer(task), cfg, runs=runs)
+
+    def _answer(self, task: Task) -> Answer:
+        if task.id not in self._answers:
+            raise ValueError(f"{task.id} has no answer in this pack; tasks.path names another one than its answers")
+        return self._answers[task.id]
+
+    def _forget(self, key: str, run: asyncio.Task[Verdict]) -> None:
+        if run.cancelled() or run.exception() or run.result().grade is Grade.TIMEOUT:
+            self._runs.pop(key, None)
+
+
+def answers_of(path: Path) -> Answers:
+    """The answers of the pack at `path`. ValueError if there are none."""
+    return Answers(pack.answers(path))
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    for part in parts:
+        data = part.encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+# Validation
+
+
+async def validate(task: Task, answer: Answer, cfg: config.Sandbox, *, runs: int) -> list[str]:
+    """Reasons to refuse a task, as `name: what was seen`; none for a good one. SandboxError if a sandbox dies.
+
+    Good: the reference patch resolves it in each of `runs` runs, no change at all in none (that is run, not assumed),
+    the visible tests pass on the untouched checkout, and the repository holds one commit and nothing of the answer.
+    """
+    if not answer.fail_to_pass:
+        return ["no_f2p: fail_to_pass is empty"]
+    if answer.parser != "pytest":
+        return [f"unknown_parser: {answer.parser}"]
+    gold = [await _hidden(task, answer.patch, answer, cfg) for _ in range(runs)]
+    empty = [await _hidden(task, "", answer, cfg) for _ in range(runs)]
+    refusals = _gold_refusals(gold) + _empty_refusals(empty)
+    refusals += [f"visible_fails: {test}" for test in await _visible_failures(task, answer, empty, cfg)][:1]
+    return refusals + await _leaks(task, answer, cfg)
+
+
+def _gold_refusals(gold: Sequence[Verdict]) -> list[str]:
+    wrong = [verdict for verdict in gold if verdict.grade is not Grade.RESOLVED]
+    if dropped := gold[0].dropped:
+        return [f"gold_protected: the reference patch changes {dropped[0]}, which is not graded"]
+    if not wrong:
+        return []
+    first = wrong[0]
+    seen = f"{first.grade}, {first.reason}"
+    if len(wrong) < len(gold):
+        return [f"gold_flaky: {len(wrong)} of {len(gold)} runs: {seen}"]
+    if first.grade is Grade.TIMEOUT:
+        return [f"too_slow: {seen}"]
+    ran = first.grade is not Grade.UNRESOLVED or first.exit_code == _TESTS_FAILED
+    return [f"gold_fails: {seen}" if ran else f"nothing_parsed: {seen}"]
+
+
+def _empty_refusals(empty: Sequence[Verdict]) -> list[str]:
+    passed = sum(verdict.grade is Grade.RESOLVED for verdict in empty)
+    if passed == len(empty):
+        return ["empty_passes: the hidden tests pass on the untouched checkout"]
+    return [f"empty_flaky: the untouched checkout passes in {passed} of {len(empty)} runs"] if passed else []
+
+
+async def _visible_failures(task: Task, answer: Answer, empty: Sequence[Verdict], cfg: config.Sandbox) -> list[str]:
+    """Visible tests that fail on the untouched checkout."""
+    hidden = {file.path for file in answer.files}
+    runs = list(empty)
+    replaced = tuple(test for test in task.visible if _file(test) in hidden)
+    if replaced:  # the grading run saw the hidden version of their files
+        alone = await _run(task, "", Expectation(passing=task.visible), {}, cfg)
+        return [test for test in task.visible if test not in alone.passed]
+    return [test for test in task.visible if any(test not in verdict.passed for verdict in runs)]
+
+
+_AUDIT = r"""
+git() { command git -c safe.directory='*' "$@"; }
+git cat-file --batch-all-objects --batch-check='object %(objecttype) %(objectname)' || exit 3
+git rev-list --objects --no-object-names HEAD | sed 's/^/reachable /'
+find . -path ./.git -prune -o \( -name .pytest_cache -o -name '*.pyc' \) -print | sed 's/^/residue /'
+for name in "$@"; do grep -rlwF --exclude-dir=.git -e "$name" . | sed "s/^/mention $name in /"; done
+git apply --whitespace=nowarn - || exit 0
+git ls-files -m -o -z | xargs -0 -r git hash-object | sed 's/^/gold /'
+"""
+
+
+async def _leaks(task: Task, answer: Answer, cfg: config.Sandbox) -> list[str]:
+    """What the repository layer holds of the answer or of its history."""
+    known = {_name(test) for test in task.visible}
+    names = sorted({_name(test) for test in answer.fail_to_pass} - known)
+    async with sandbox.open_sandbox(_spec(task, cfg), backend=cfg.backend) as box:
+        result = await box.exec(
+            ["bash", "-c", _AUDIT, "audit", *names], stdin=answer.patch.encode(), output_bytes=_EVIDENCE_BYTES
+        )
+    if result.exit_code != 0 or result.truncated:
+        return [f"leak_found: the repository cannot be read: {result.output[-200:].decode(errors='replace')}"]
+    return _read_audit(result.output.decode(errors="replace").splitlines())
+
+
+def _name(test: str) -> str:
+    return test.rpartition("::")[2].partition("[")[0]
+
+
+def _read_audit(lines: Iterable[str]) -> list[str]:
+    said: dict[str, list[str]] = {}
+    for line in lines:
+        kind, _, rest = line.partition(" ")
+        said.setdefault(kind, []).append(rest)
+    objects = {key: kind for kind, _, key in (entry.partition(" ") for entry in said.get("object", []))}
+    refusals = []
+    commits = sum(kind == "commit" for kind in objects.values())
+    if commits != 1:
+        refusals.append(f"not_one_commit: the repository holds {commits} commits")
+    if unreachable := sorted(set(objects) - set(said.get("reachable", []))):
+        refusals.append(f"leak_found: {len(unreachable)} objects that HEAD does not reach, {unreachable[0]}")
+    if known := sorted(set(said.get("gold", [])) & set(objects)):
+        refusals.append(f"leak_found: a file of the reference patch is in the repository, blob {known[0]}")
+    for kind, text in (("residue", "left from a test run"), ("mention", "a hidden test's name")):
+        if found := said.get(kind):
+            refusals.append(f"leak_found: {text}: {found[0]}")
+    return refusals

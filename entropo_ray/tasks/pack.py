@@ -1,0 +1,91 @@
+"""A task pack on disk, the same for every source: tasks.jsonl, answers.jsonl, repos/<id>/, and `done`, written last."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from entropo_ray.records import Answer, Task, from_row, to_row
+
+_TASKS = "tasks.jsonl"
+_ANSWERS = "answers.jsonl"
+_REPOS = "repos"
+_DONE = "done"
+
+
+@dataclass(frozen=True)
+class Mined:
+    """A task and its answer, before they are parted."""
+
+    task: Task
+    answer: Answer
+
+
+def repository(to: Path, task_id: str) -> Path:
+    """Where the repository of a task lies in a pack; absolute."""
+    return _absolute(to) / _REPOS / task_id
+
+
+def write(to: Path, mined: Sequence[Mined]) -> None:
+    """Make `to`, which holds the repositories already, a whole pack.
+
+    The image of a task below `to` is kept relative, so that a pack may be moved. ValueError for repeated ids.
+    """
+    repeated = [key for key, times in Counter(m.task.id for m in mined).items() if times > 1]
+    if repeated:
+        raise ValueError(f"two tasks of {to} share an id: {repeated[0]!r}")
+    for m in mined:
+        assert m.answer.task_id == m.task.id, f"{m.task.id} has the answer of {m.answer.task_id}"
+    to.mkdir(parents=True, exist_ok=True)
+    (to / _DONE).unlink(missing_ok=True)
+    _lines(to / _TASKS, (to_row(_relative(m.task, to)) for m in mined))
+    _lines(to / _ANSWERS, (to_row(m.answer) for m in mined))
+    _aside(to / _DONE, json.dumps({"tasks": len(mined)}) + "\n")
+
+
+def whole(path: Path) -> bool:
+    return (path / _DONE).is_file()
+
+
+def tasks(path: Path) -> list[Task]:
+    """The tasks of a whole pack, images made absolute."""
+    home = _absolute(path)
+    found = [from_row(Task, row) for row in _rows(path / _TASKS)]
+    return [replace(t, image=str(home / t.image)) if t.image.startswith(f"{_REPOS}/") else t for t in found]
+
+
+def answers(path: Path) -> dict[str, Answer]:
+    """The answers of a whole pack by task id. For graders alone."""
+    return {row["task_id"]: from_row(Answer, row) for row in _rows(path / _ANSWERS)}
+
+
+def _relative(task: Task, to: Path) -> Task:
+    home = repository(to, task.id)
+    return replace(task, image=f"{_REPOS}/{task.id}") if Path(task.image) == home else task
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links of shared mounts
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    _aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _aside(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

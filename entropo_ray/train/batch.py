@@ -1,0 +1,62 @@
+"""Trajectories as one row of unpadded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trajectory's tokens as arrays."""
+
+    key: Key
+    token_ids: np.ndarray  # [L] int32
+    action_mask: np.ndarray  # [L] bool
+
+
+@dataclass(frozen=True)
+class Pack:
+    """B trajectories of T tokens in all, A of them sampled by the policy, in order."""
+
+    keys: tuple[Key, ...]  # [B]
+    lengths: tuple[int, ...]  # [B] tokens, sum T
+    actions: tuple[int, ...]  # [B] action tokens, sum A
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T], from 0 in each trajectory
+    predictors: Tensor  # [A] the position before each action token: its hidden state predicts the token
+    targets: Tensor  # [A] action token ids
+
+    def to(self, device: torch.device | str) -> Pack:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+        )
+
+
+def pack(rows: Sequence[Row]) -> Pack:
+    """Rows end to end. ValueError, naming the key, for a row that starts with an action token (nothing predicts it)."""
+    for row in rows:
+        if row.action_mask[0]:
+            raise ValueError(f"{row.key}: the first token is marked as sampled; a trajectory begins with its prompt")
+    tokens = torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64))
+    where = torch.from_numpy(np.flatnonzero(np.concatenate([row.action_mask for row in rows])))
+    lengths = tuple(len(row.token_ids) for row in rows)
+    return Pack(
+        keys=tuple(row.key for row in rows),
+        lengths=lengths,
+        actions=tuple(int(row.action_mask.sum()) for row in rows),
+        input_ids=tokens[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        predictors=where - 1,
+        targets=tokens[where],
+    )

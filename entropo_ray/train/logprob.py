@@ -1,0 +1,136 @@
+"""Log-probabilities and entropies of action tokens, without ever holding all logits.
+
+Hidden states are gathered at the positions before action tokens, so the head sees nothing else; logits live for one
+tile of positions, once forward and once again backward. With z the logits, p = softmax(z), l = logsumexp(z):
+
+    log p_y = z_y - l        H = -sum p log p       dlog p_y/dz_v = [v = y] - p_v        dH/dz_v = -p_v (log p_v + H)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropo_ray.train import attention
+from entropo_ray.train.batch import Pack
+
+_TILE_FLOATS = 1 << 26  # 256 MiB of fp32 logits
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of each action token of a pack, in nats, fp32."""
+
+    logp: Tensor  # [A]
+    entropy: Tensor  # [A], exact
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        logp = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
+        entropy, total = torch.empty_like(logp), torch.empty_like(logp)
+        for rows in _tiles(len(target), weight.shape[0]):
+            logits = _logits(hidden[rows], weight, bias, softcap)
+            total[rows] = torch.logsumexp(logits, dim=-1)
+            logp[rows] = logits.gather(1, target[rows, None]).squeeze(1) - total[rows]
+            log_p = logits - total[rows, None]
+            entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+        # The parameter itself is saved, never a cast copy: ZeRO-3 refills its storage before backward.
+        ctx.save_for_backward(hidden, weight, target, bias, total, entropy)
+        ctx.softcap = softcap
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_logp, d_entropy = upstream
+        hidden, weight, target, bias, total, entropy = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for rows in _tiles(len(target), weight.shape[0]):
+            logits = _logits(hidden[rows], weight, bias, ctx.softcap)
+            log_p = logits - total[rows, None]
+            p = log_p.exp()
+            slope = p * -d_logp[rows, None]
+            slope.scatter_add_(1, target[rows, None], d_logp[rows, None])
+            if bool(d_entropy.any()):
+                slope -= d_entropy[rows, None] * p * (log_p + entropy[rows, None])
+            if ctx.softcap is not None:
+                slope *= 1 - (logits / ctx.softcap) ** 2
+            if d_bias is not None:
+                d_bias += slope.sum(0)
+            slope = slope.to(weight.dtype)
+            d_hidden[rows] = slope @ weight
+            d_weight += slope.T @ hidden[rows].to(weight.dtype)
+        return d_hidden, d_weight.to(weight.dtype), None, None if d_bias is None else d_bias.to(bias.dtype), None
+
+
+def _tiles(rows: int, vocab: int) -> list[slice]:
+    size = max(64, _TILE_FLOATS // vocab)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """fp32 logits, soft-capped where the model says so."""
+    logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def score(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
+) -> Scores:
+    """Scores of `target` [A] under the head `weight` [V, H] at `hidden` [A, H]; differentiable in all three floats."""
+    logp, entropy = _Score.apply(hidden, weight, target, bias, softcap)  # type: ignore[no-untyped-call]
+    return Scores(logp, entropy)
+
+
+class Scorer(nn.Module):
+    """A causal language model of transformers that scores packs instead of returning logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        model.set_attn_implementation(attention.NAME)
+        install(model)
+
+    def forward(self, pack: Pack) -> Scores:
+        hidden = self.model.base_model(
+            input_ids=pack.input_ids, position_ids=pack.position_ids, lengths=pack.lengths, use_cache=False
+        ).last_hidden_state[0]
+        return Scores(*self.model.get_output_embeddings()(hidden.index_select(0, pack.predictors), pack.targets))
+
+
+def install(model: Any) -> None:
+    """Make the head's forward (hidden, target) -> (logp, entropy), so that ZeRO-3's hooks see its weight used.
+
+    A plain tuple: those hooks find no tensors in a dataclass, and would not gather the weight before backward.
+
+    Raises ValueError on a head that is more than a linear layer.
+    """
+    head = model.get_output_embeddings()
+    kind = type(head)
+    if kind is not nn.Linear:
+        raise ValueError(f"model: the head of {type(model).__name__} is a {kind.__name__}, not a plain Linear")
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"model: {type(model).__name__} scales its logits by {name}, which is not supported")
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+
+    def forward(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        scores = score(hidden, head.weight, target, bias=head.bias, softcap=softcap)
+        return scores.logp, scores.entropy
+
+    head.forward = forward
+
+
+def sums(values: Tensor, pack: Pack) -> Tensor:
+    """[B] float64 sums over the action tokens of each trajectory of [A] values."""
+    # fp32 sums of thousands of tokens lose the small differences that a preference is made of
+    parts = torch.split(values.double(), list(pack.actions))
+    return torch.stack([part.sum() for part in parts])

@@ -1,0 +1,92 @@
+"""Token columns by key: Parquet to numpy, without a Python number per token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from entropo_ray import store
+from entropo_ray.train.batch import Key, Row
+
+
+@dataclass(frozen=True)
+class Size:
+    tokens: int
+    actions: int
+
+
+def sizes(product: Path) -> dict[Key, Size]:
+    """The size of every row. ValueError, naming the key, where two rows share one."""
+    found: dict[Key, Size] = {}
+    for table in _tables(product, ["action_mask"]):
+        for key, mask in zip(_keys(table), _arrays(table["action_mask"]), strict=True):
+            if key in found:
+                raise ValueError(f"two rows of {product} share the key {key}: what is learnt from them is undefined")
+            found[key] = Size(tokens=len(mask), actions=int(mask.sum()))
+    return found
+
+
+def read(product: Path, keys: Collection[Key]) -> dict[Key, Row]:
+    """The rows of `keys`. ValueError, naming the first key that is missing."""
+    found: dict[Key, Row] = {}
+    for table in _tables(product, ["token_ids", "action_mask"], keys):
+        columns = (_arrays(table["token_ids"]), _arrays(table["action_mask"]))
+        for key, ids, mask in zip(_keys(table), *columns, strict=True):
+            found[key] = Row(key, ids, mask)
+    _check(found.keys(), keys, product)
+    return found
+
+
+def references(product: Path, keys: Collection[Key]) -> dict[Key, np.ndarray]:
+    """[A] reference log-probs of `keys`. ValueError, naming the first key that is missing."""
+    found: dict[Key, np.ndarray] = {}
+    for table in _tables(product, ["ref_logp"], keys):
+        found.update(zip(_keys(table), _arrays(table["ref_logp"]), strict=True))
+    _check(found.keys(), keys, product)
+    return found
+
+
+def entropy_sums(product: Path) -> dict[Key, tuple[float, int]]:
+    """(sum of reference entropies in nats, number of action tokens) of every row."""
+    return {
+        key: (float(entropy.sum(dtype=np.float64)), len(entropy))
+        for table in _tables(product, ["ref_entropy"])
+        for key, entropy in zip(_keys(table), _arrays(table["ref_entropy"]), strict=True)
+    }
+
+
+def _check(found: Collection[Key], keys: Collection[Key], product: Path) -> None:
+    missing = sorted(set(keys) - set(found))
+    if missing:
+        raise ValueError(f"{product} has no row for {missing[0]} ({len(missing)} of {len(set(keys))} keys are missing)")
+
+
+def _tables(product: Path, columns: list[str], keys: Collection[Key] | None = None) -> Iterator[pa.Table]:
+    wanted = None if keys is None else set(keys)
+    for part in store.parts_of(product):
+        file = pq.ParquetFile(part)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["task_id", "sample", *columns])
+            if wanted is not None:
+                table = table.filter(pa.array([key in wanted for key in _keys(table)], pa.bool_()))
+            yield table
+
+
+def _keys(table: pa.Table) -> list[Key]:
+    return list(zip(table["task_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The lists of a column as copies, so that a kept row does not keep its whole table."""
+    arrays: list[np.ndarray] = []
+    for chunk in column.chunks:
+        values = pc.list_flatten(chunk).to_numpy(zero_copy_only=False)
+        ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
+        arrays += [piece.copy() for piece in np.split(values, ends[:-1])]
+    return arrays

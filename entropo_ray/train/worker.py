@@ -1,0 +1,246 @@
+"""One rank of a fitting stage: DeepSpeed inside Ray Train.
+
+Each rank reads its own rows by key from Parquet and follows the same plan; gradients and metrics meet in collectives.
+Rank 0 writes one line a step to steps.jsonl, and the weights at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import tempfile
+import time
+from typing import Any
+
+import deepspeed
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint
+from torch import Tensor
+
+from entropo_ray import config
+from entropo_ray.train import rows
+from entropo_ray.train.batch import Key, Row, pack
+from entropo_ray.train.logprob import Scorer
+from entropo_ray.train.model import load, save
+from entropo_ray.train.plan import Slot, Step, plan
+from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, totals
+
+_BETAS = (0.9, 0.95)
+_Z0_DECAY = 0.9
+_TAG = "state"
+
+
+def train_loop(job: Job) -> None:
+    """What Ray Train runs on each rank."""
+    Fitting(job).run()
+
+
+class Fitting:
+    def __init__(self, job: Job) -> None:
+        self.job, self.cfg = job, job.cfg
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        if not self.cfg.worker_gpus:
+            torch.set_num_threads(self.cfg.worker_threads or max(1, len(os.sched_getaffinity(0)) // self.ranks))
+        torch.manual_seed(job.seed)
+        self.model = load(job.policy, self.cfg)
+        self.steps = self._plan()
+        self.rows, self.reference = self._read()
+        self.engine = _engine(Scorer(self.model).train(), self.cfg)
+        self.baseline = job.baseline
+
+    def _plan(self) -> list[Step]:
+        weights = self.model.num_parameters(exclude_embeddings=True)
+        costs = [cost(unit, weights, self.model.config) for unit in self.job.units]
+        return [
+            step
+            for epoch in range(self.cfg.epochs)
+            for step in plan(
+                costs,
+                ranks=self.ranks,
+                batch=self.cfg.batch,
+                micro_batch=self.cfg.micro_batch,
+                seed=self.job.seed,
+                round=self.job.policy.round,
+                epoch=epoch,
+            )
+        ]
+
+    def _read(self) -> tuple[dict[Key, Row], dict[Key, Tensor]]:
+        """This rank's trajectories, and their reference log-probs where the job has a reference."""
+        mine = {slot.unit for step in self.steps for micro in step for slot in micro[self.rank]}
+        keys = {key for unit in mine for key in self.job.units[unit].keys}
+        found = rows.read(self.job.trajectories, keys)
+        if self.job.reference is None:
+            return found, {}
+        reference = rows.references(self.job.reference, keys)
+        for key, row in found.items():
+            if len(reference[key]) != int(row.action_mask.sum()):
+                raise ValueError(
+                    f"{self.job.reference}: {key} has {len(reference[key])} reference log-probs for "
+                    f"{int(row.action_mask.sum())} action tokens: it was made from other trajectories; delete it"
+                )
+        return found, {key: torch.from_numpy(values) for key, values in reference.items()}
+
+    def run(self) -> None:
+        for number in range(self._resume(), len(self.steps)):
+            started = time.perf_counter()
+            line = self._step(number)
+            line["seconds"] = time.perf_counter() - started
+            if self.rank == 0:
+                with (self.job.to / STEPS).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            every = self.cfg.checkpoint_steps
+            if every and (number + 1) % every == 0 and number + 1 < len(self.steps):
+                self._checkpoint(number + 1)
+        state = gathered(self.model, gather=self.cfg.zero_stage == 3, keep=self.rank == 0)
+        if self.rank == 0:
+            save(self.model, state, self.job.policy, self.job.to)
+
+    def _step(self, number: int) -> dict[str, float]:
+        step = self.steps[number]
+        lr = rate(number, len(self.steps), self.cfg)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        share = self._share(step)
+        mine: dict[str, float] = {}
+        for micro in step:
+            for name, value in self._micro_step(micro[self.rank], len(step) * self.ranks / share).items():
+                mine[name] = mine.get(name, 0.0) + value
+        line = self._means(mine, share)
+        line |= {"step": number, "lr": lr, "peak_gib": _peak_gib(), "pid": os.getpid()} | self._grad_norm(number)
+        if self.job.kind == "label":
+            line["z0"] = self.baseline
+            self.baseline = _Z0_DECAY * self.baseline + (1 - _Z0_DECAY) * line["reward"]
+        return line
+
+    def _share(self, step: Step) -> float:
+        """What the summed loss of a step is divided by: its action tokens when imitating, its units else."""
+        units = [self.job.units[slot.unit] for micro in step for slots in micro for slot in slots if slot.weight]
+        return float(sum(unit.actions for unit in units) if self.job.kind == "example" else len(units))
+
+    def _micro_step(self, slots: tuple[Slot, ...], scale: float) -> dict[str, float]:
+        batch = self._forward(slots)
+        loss = LOSSES[self.job.kind](batch, self.job, self.baseline)
+        if not bool(torch.isfinite(loss.values).all()):
+            raise FloatingPointError(f"the loss is {loss.values.tolist()} for {[unit.keys for unit in batch.units]}")
+        # DeepSpeed divides by the accumulation and averages over ranks; `scale` makes it a mean over the whole step
+        self.engine.backward((batch.weights * loss.values).sum() * scale)
+        self.engine.step()
+        return totals(batch, loss)
+
+    def _forward(self, slots: tuple[Slot, ...]) -> Batch:
+        units = tuple(self.job.units[slot.unit] for slot in slots)
+        keys = dict.fromkeys(key for unit in units for key in unit.keys)
+        packed = pack([self.rows[key] for key in keys]).to(self.engine.device)
+        return batch_of(packed, self.engine(packed), units, [slot.weight for slot in slots], self.reference)
+
+    def _means(self, mine: dict[str, float], share: float) -> dict[str, float]:
+        """Means over the step's units (entropy: over action tokens) and plain counts, of all ranks together."""
+        names = sorted(mine)
+        vector = torch.tensor([mine[name] for name in names], dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(vector)
+        total = dict(zip(names, vector.tolist(), strict=True))
+        units = total.pop("units")
+        line = {"loss": total.pop("loss") / share, "entropy": total.pop("entropy") / total["action_tokens"]}
+        for name, value in total.items():
+            line[name.removeprefix("mean ")] = value / units if name.startswith("mean ") else value
+        return line
+
+    def _grad_norm(self, number: int) -> dict[str, float]:
+        """Before clipping; DeepSpeed keeps none at stage 0 in fp32."""
+        norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            return {}
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"the gradient norm of step {number} is {norm}; its losses were finite")
+        return {"grad_norm": float(norm)}
+
+    def _checkpoint(self, step: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.save_checkpoint(folder, tag=_TAG, client_state={"step": step, "baseline": self.baseline})
+            # every rank reports equally often: this is a barrier
+            ray.train.report(
+                {"step": step},
+                checkpoint=Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step_{step:06d}",
+            )
+
+    def _resume(self) -> int:
+        """The step to begin with: 0, or that of the last checkpoint after a rank was lost."""
+        checkpoint = ray.train.get_checkpoint()
+        step = 0
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                _, state = self.engine.load_checkpoint(folder, tag=_TAG)
+            step, self.baseline = state["step"], state["baseline"]
+        if self.rank == 0:
+            log = self.job.to / STEPS
+            lines = log.read_text().splitlines(keepends=True)[:step] if log.is_file() else []
+            log.write_text("".join(lines))
+        return step
+
+
+def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
+    offload = {"offload_optimizer": {"device": "cpu"}} if cfg.offload else {}
+    settings = {
+        "train_micro_batch_size_per_gpu": cfg.micro_batch,
+        "gradient_accumulation_steps": cfg.batch // (cfg.micro_batch * cfg.workers),
+        "optimizer": {
+            "type": "AdamW",
+            # torch's own: DeepSpeed's would compile an extension at the first start
+            "params": {"lr": cfg.lr, "betas": _BETAS, "weight_decay": cfg.weight_decay, "torch_adam": True},
+        },
+        "gradient_clipping": cfg.clip,
+        "bf16": {"enabled": cfg.precision == "bf16"},
+        "zero_optimization": {"stage": cfg.zero_stage, **offload},
+        "steps_per_print": 1 << 30,
+    }
+    # else DeepSpeed compiles a shared-memory collective on CPU, at the first start and only where a compiler is
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=list(module.parameters()), config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def cost(unit: Unit, weights: int, geometry: Any) -> float:
+    """Floating-point operations of a unit, forward and backward: linear layers, attention, head."""
+    width = geometry.num_attention_heads * (
+        getattr(geometry, "head_dim", None) or geometry.hidden_size // geometry.num_attention_heads
+    )
+    return (
+        8.0 * weights * unit.tokens
+        + 9.0 * geometry.num_hidden_layers * width * unit.squares
+        + 8.0 * geometry.vocab_size * geometry.hidden_size * unit.actions
+    )
+
+
+def rate(step: int, steps: int, cfg: config.Fit) -> float:
+    """Learning rate: linear warm-up over a share of the steps, then a cosine down to 0, or constant."""
+    warm = math.ceil(cfg.warmup * steps)
+    if step < warm:
+        return cfg.lr * (step + 1) / warm
+    if cfg.schedule == "constant":
+        return cfg.lr
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def gathered(model: Any, *, gather: bool, keep: bool) -> dict[str, Tensor]:
+    """All weights on the CPU where `keep` holds; a collective under ZeRO-3 (`gather`), one parameter at a time."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=gather):
+            if keep:
+                state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def _peak_gib() -> float:
+    """Peak memory of this rank's process or, with a GPU, of its device."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

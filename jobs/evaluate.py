@@ -1,0 +1,80 @@
+"""Evaluate a policy on tasks that it never saw: attempts, evidence, a choice, and only then the hidden tests.
+
+    python jobs/evaluate.py conf/local.yaml [evaluate.model=DIR evaluate.name=WORD] [key=value ...]
+
+Products lie in run_dir/evaluation[-name], the numbers beside it in evaluation[-name].json. Without a verifier
+(jobs/verifier.py) the choice rests on the visible tests alone.
+"""
+
+import dataclasses
+import json
+
+from entropo_ray import config, evaluate, observe, store, tasks
+from entropo_ray.rollout.sample import sample
+from entropo_ray.verify.app import score
+
+
+def run(cfg: config.Run) -> dict[str, float]:
+    ask, stage = cfg.evaluate, observe.stages(cfg.run_dir)
+    suite = tasks.load(ask.tasks)
+    rollout = dataclasses.replace(cfg.rollout, tasks=None)  # every task, not one round's draw
+    out, judge = store.evaluation_of(cfg.run_dir, ask.name), store.verifier_of(cfg.run_dir)
+    policy = store.policy(ask.model) if ask.model else store.last_policy(cfg.run_dir, start=cfg.model)
+    if not store.done(out.trajectories):
+        with stage("sample") as numbers:  # no answers given: nothing is graded here
+            numbers |= sample(policy, suite, rollout, seed=cfg.seed, samples=ask.samples, to=out.trajectories)
+    if not store.done(out.executions):
+        with stage("execute") as numbers:
+            numbers |= evaluate.execute(out.trajectories, suite, rollout, to=out.executions)
+    if not store.done(judge):
+        observe.log.info("verify  skipped: no verifier in %s (jobs/verifier.py makes one)", judge)
+    elif not store.done(out.scores):
+        with stage("verify") as numbers:
+            numbers |= score(out.trajectories, suite, cfg.verifier, policy=judge, to=out.scores)
+    if not store.done(out.choice):
+        with stage("choose") as numbers:  # Choice records and predictions.jsonl
+            numbers |= evaluate.choose(out, suite, ask.select, model=str(policy.path))
+    with stage("resolve") as numbers:  # the only stage that opens answers
+        numbers |= evaluate.resolve(out, suite, rollout, answers=ask.tasks.path, chosen_by=ask.select)
+    partial = out.numbers.with_suffix(".json.partial")
+    partial.write_text(json.dumps(numbers, indent=2) + "\n")
+    partial.replace(out.numbers)
+    return numbers
+
+
+def table(numbers: dict[str, float]) -> str:
+    """Every number with its 95 % interval, one a line."""
+    lines = []
+    for name, value in numbers.items():
+        if not name.endswith(("_low", "_high")):
+            low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
+            between = f"   [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+            lines.append(f"{name:20} {value:9.4g}{between}")
+    return "\n".join(lines)
+
+
+def beside(cfg: config.Run) -> str:
+    """This evaluation against every other one of the run that is finished, over the tasks that both have."""
+    mine = store.evaluation_of(cfg.run_dir, cfg.evaluate.name)
+    lines = []
+    for other in sorted(mine.numbers.parent.glob("evaluation*.json")):
+        if other == mine.numbers:
+            continue
+        name = other.stem.removeprefix("evaluation").removeprefix("-")
+        compared = evaluate.compare(store.evaluation_of(cfg.run_dir, name), mine)
+        if compared:
+            lines.append(f"\nminus {other.stem}:\n{table(compared)}")
+    return "".join(lines)
+
+
+def main(cfg: config.Run) -> None:
+    tasks.load(cfg.evaluate.tasks)
+    config.pin(cfg)
+    with observe.cluster(cfg):
+        numbers = run(cfg)
+    print(table(numbers) + beside(cfg))
+    print(f"numbers: {store.evaluation_of(cfg.run_dir, cfg.evaluate.name).numbers}")
+
+
+if __name__ == "__main__":
+    observe.entry(main)

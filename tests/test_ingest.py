@@ -1,0 +1,152 @@
+"""Laws of packs: what is kept was proved, what is there is left alone, and a bad task is named in one line."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entropo_ray import config, ingest, tasks
+from entropo_ray.records import File
+from entropo_ray.sandbox import SandboxLost
+from entropo_ray.tasks import local, pack
+
+HERE = Path(__file__).resolve().parent.parent
+PACK = config.Pack(count=3, held_out=1, ambiguous=0.34, hidden=0.0)
+BOX = config.Sandbox(backend="bwrap" if shutil.which("bwrap") else "plain", grade_s=30.0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    to = tmp_path_factory.mktemp("packs") / "local"
+    return to, ingest.ingest(PACK, BOX, seed=0, to=to)
+
+
+def copy_of(made, tmp_path, change):
+    """A copy of the pack whose first answer is changed."""
+    to = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(made[0]), str(to)], check=True, timeout=30)
+    found = pack.tasks(to)
+    answers = pack.answers(to)
+    answers[found[0].id] = change(answers[found[0].id])
+    pack.write(to, [pack.Mined(task, answers[task.id]) for task in found])
+    return to, found[0].id
+
+
+def job(*words, path=None):
+    env = {**os.environ, "PYTHONPATH": str(HERE), "PATH": path or os.environ["PATH"]}
+    command = [sys.executable, str(HERE / "jobs" / "pack.py"), "model=x", "rollout.sandbox.grade_s=30", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=100, check=False)
+
+
+def test_a_pack_that_holds_is_whole(made):
+    to, numbers = made
+    assert numbers == {"tasks": 4.0, "refused": 0.0}
+    assert len(tasks.load(config.Tasks(path=str(to), split="all"))) == 4
+    assert [path.name for path in to.parent.iterdir()] == ["local"]
+
+
+def test_a_whole_pack_is_left_alone(made, monkeypatch):
+    to, numbers = made
+    monkeypatch.setattr(local, "generate", None)
+    before = {path: path.stat().st_mtime_ns for path in to.rglob("*")}
+    assert ingest.ingest(PACK, BOX, seed=0, to=to) == numbers
+    assert {path: path.stat().st_mtime_ns for path in to.rglob("*")} == before
+
+
+def test_a_pack_keeps_its_settings(made):
+    to, _ = made
+    with pytest.raises(ValueError, match=r"pack.count=5: .* was made with pack.count=3"):
+        ingest.ingest(dataclasses.replace(PACK, count=5), BOX, seed=0, to=to)
+    with pytest.raises(ValueError, match=r"seed=1: .* was made with seed=0"):
+        ingest.ingest(PACK, BOX, seed=1, to=to)
+    ingest.ingest(dataclasses.replace(PACK, runs=3), BOX, seed=0, to=to)
+
+
+def test_what_lies_in_the_way_is_not_removed(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="no whole pack"):
+        ingest.ingest(PACK, BOX, seed=0, to=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_one_bad_task_refuses_the_pack_and_is_named(tmp_path, monkeypatch):
+    generate = local.generate
+    bad = []
+
+    def spoiled(**words):
+        first, *rest = generate(**words)
+        bad.append(first.task.id)
+        wrong = first.answer.patch.replace("\n+", "\n+# ")
+        return [pack.Mined(first.task, dataclasses.replace(first.answer, patch=wrong)), *rest]
+
+    monkeypatch.setattr(local, "generate", spoiled)
+    to = tmp_path / "pack"
+    with pytest.raises(ValueError, match=r"pack.source=local: task .* does not hold: gold_fails") as error:
+        ingest.ingest(dataclasses.replace(PACK, count=2, held_out=0), BOX, seed=1, to=to)
+    assert bad[0] in str(error.value)
+    assert not to.exists()
+
+
+def test_a_sandbox_lost_twice_is_asked_for_again_and_no_more(monkeypatch, made):
+    to, _ = made
+    suite = tasks.load(config.Tasks(path=str(to), split="test"))
+    asked = []
+
+    async def lost(task):
+        asked.append(task.id)
+        if len(asked) < 3:
+            raise SandboxLost("gone")
+        return []
+
+    ingest._all_hold(suite, lost, where="here")
+    assert len(asked) == 3
+
+    async def always_lost(task):
+        raise SandboxLost("gone")
+
+    with pytest.raises(SandboxLost):
+        ingest._all_hold(suite, always_lost, where="here")
+
+
+@pytest.mark.skipif(BOX.backend != "bwrap", reason="the job knows bubblewrap alone, which is not installed")
+def test_check_proves_a_pack_again(made, tmp_path):
+    good = job("pack.check=true", f"tasks.path={made[0]}", f"run_dir={tmp_path}/run")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "tasks 4" in good.stdout
+    to, task_id = copy_of(made, tmp_path, lambda answer: dataclasses.replace(answer, patch=""))
+    bad = job("pack.check=true", f"tasks.path={to}", f"run_dir={tmp_path}/run")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
+    assert len(bad.stderr.splitlines()) == 1
+    assert task_id in bad.stderr
+    assert "gold_fails" in bad.stderr
+
+
+def test_check_finds_a_hidden_test_that_was_broken(made, tmp_path):
+    def change(answer):
+        return dataclasses.replace(answer, files=(File(path=answer.files[0].path, text="def test_nothing(:\n"),))
+
+    to, task_id = copy_of(made, tmp_path, change)
+    with pytest.raises(ValueError, match=f"task {task_id} does not hold: gold_fails"):
+        ingest.check(PACK, BOX, path=to)
+
+
+def test_without_bubblewrap_the_job_says_what_to_install(tmp_path):
+    words = [f"tasks.path={tmp_path}/pack", f"run_dir={tmp_path}/run", "pack.count=2", "pack.held_out=0"]
+    ended = job(*words, path="/nonexistent")
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "bubblewrap" in ended.stderr
+    assert "install" in ended.stderr
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_pack_names_its_settings_beside_its_tasks(made):
+    said = json.loads((made[0] / "made_with.json").read_text())
+    assert said["pack.count"] == 3
+    assert said["seed"] == 0

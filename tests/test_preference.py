@@ -1,0 +1,105 @@
+"""preference: which trajectories teach, and how pairs are drawn."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entropo_ray import config, preference
+from entropo_ray.records import Grade, Outcome, Stop
+
+CFG = config.Preference()
+
+
+def outcome(sample, grade, *, task="t", stop=Stop.AGENT, prompt="p"):
+    return Outcome(task_id=task, sample=sample, prompt=prompt, num_turns=3, num_actions=9, stop=stop, grade=grade)
+
+
+def round_of(resolved, unresolved, task="t"):
+    grades = [Grade.RESOLVED] * resolved + [Grade.UNRESOLVED] * unresolved
+    return [outcome(i, grade, task=task) for i, grade in enumerate(grades)]
+
+
+def drawn(outcomes, most=8, seed=0):
+    return preference.pairs(outcomes, config.Preference(pairs_per_task=most), seed=seed)
+
+
+def test_only_tasks_with_both_sides_teach():
+    outcomes = [*round_of(2, 0, "all"), *round_of(0, 2, "none"), *round_of(1, 1, "both")]
+    assert [(p.task_id, p.chosen, p.rejected) for p in drawn(outcomes)] == [("both", 0, 1)]
+    assert preference.counts(outcomes, CFG)["tasks"] == 3
+    assert preference.counts(outcomes, CFG)["tasks_both"] == 1
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 60), st.integers(0, 3))
+def test_pairs_are_distinct_go_the_right_way_and_use_each_side_evenly(resolved, unresolved, most, seed):
+    pairs = drawn(round_of(resolved, unresolved), most, seed)
+    assert len(pairs) == min(most, resolved * unresolved)
+    assert len({(p.chosen, p.rejected) for p in pairs}) == len(pairs)
+    assert all(p.chosen < resolved <= p.rejected for p in pairs)
+    for used, size in ((Counter(p.chosen for p in pairs), resolved), (Counter(p.rejected for p in pairs), unresolved)):
+        assert max(used.values()) - min(used.values() if len(used) == size else [0]) <= 1
+
+
+def test_a_task_s_pairs_depend_on_that_task_alone():
+    task = round_of(3, 4)
+    assert drawn(task, 5) == drawn(task[::-1], 5)
+    assert drawn(task, 5) == [p for p in drawn([*round_of(2, 2, "a"), *task], 5) if p.task_id == "t"]
+
+
+def test_another_seed_draws_other_pairs():
+    assert len({tuple(drawn(round_of(6, 6), 4, seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("grade", "stop", "reason"),
+    [
+        (Grade.TAMPERED, Stop.AGENT, "tampered"),
+        (Grade.TIMEOUT, Stop.AGENT, "timeout"),
+        (Grade.PATCH_FAILED, Stop.AGENT, "patch_failed"),
+        (None, Stop.AGENT, "ungraded"),
+        (None, Stop.INFRA_ERROR, "ungraded"),
+        (Grade.RESOLVED, Stop.TOKEN, "unfinished"),
+        (Grade.EMPTY, Stop.ABS_STEP, "unfinished"),
+    ],
+)
+def test_what_no_test_answered_is_neither_chosen_nor_rejected(grade, stop, reason):
+    outcomes = [*round_of(1, 1), outcome(2, grade, stop=stop)]
+    assert {(p.chosen, p.rejected) for p in drawn(outcomes)} == {(0, 1)}
+    assert {label.sample for label in preference.labels(outcomes, CFG)} == {0, 1}
+    numbers = preference.counts(outcomes, CFG)
+    assert {k: v for k, v in numbers.items() if k.endswith("_dropped") and v} == {f"{reason}_dropped": 1}
+    assert numbers["teaching"] == 2
+
+
+def test_an_empty_patch_after_finish_is_a_wrong_answer():
+    assert [(p.chosen, p.rejected) for p in drawn([outcome(0, Grade.RESOLVED), outcome(1, Grade.EMPTY)])] == [(0, 1)]
+
+
+def test_unfinished_episodes_teach_where_the_configuration_says_so():
+    outcomes = [outcome(0, Grade.RESOLVED), outcome(1, Grade.UNRESOLVED, stop=Stop.TOKEN)]
+    assert len(preference.pairs(outcomes, config.Preference(finished_only=False), seed=0)) == 1
+
+
+def test_a_pair_of_two_prompts_is_refused_by_name():
+    outcomes = [outcome(0, Grade.RESOLVED), outcome(7, Grade.UNRESOLVED, prompt="other")]
+    with pytest.raises(ValueError, match="task t: sample 7 began with another prompt than sample 0"):
+        drawn(outcomes)
+
+
+def test_a_round_without_a_pair_says_its_yield():
+    outcomes = [*round_of(2, 0, "a"), outcome(0, None, task="b"), outcome(1, Grade.RESOLVED, task="b")]
+    with pytest.raises(ValueError, match=r"0 of 2 tasks had both sides \(of 4 .* 3 teach; dropped: 1 ungraded"):
+        drawn(outcomes)
+    with pytest.raises(ValueError, match=r"0 of 2 tasks .* all 3 labels are alike"):
+        preference.labels(outcomes, CFG)
+
+
+def test_labels_keep_tasks_with_one_side():
+    found = preference.labels([*round_of(0, 1, "b"), *round_of(1, 1, "a")], CFG)
+    assert [(label.task_id, label.sample, label.desirable) for label in found] == [
+        ("a", 0, True),
+        ("a", 1, False),
+        ("b", 0, False),
+    ]

@@ -1,0 +1,295 @@
+"""DeepSpeed on gloo through Ray Train: what a fitting stage leaves on disk, and what it never does."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from entropo_ray import config, store
+from entropo_ray.records import Example, Grade, Label, Pair, Policy, Reference, Stop, Trajectory
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[1]
+FIT = {
+    "max_tokens": 256,
+    "lr": 3e-3,
+    "batch": 4,
+    "micro_batch": 2,
+    "workers": 2,
+    "worker_gpus": 0,
+    "worker_threads": 1,
+    "zero_stage": 2,
+    "precision": "fp32",
+}
+SHAPE = config.Model(vocab=300, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=48)
+KEYS = [(f"task-{task}", sample) for task in range(3) for sample in range(4)]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["PYTHONPATH"] = str(ROOT)
+    import ray
+
+    context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    from entropo_ray.train.initial import start
+
+    to = tmp_path_factory.mktemp("base") / "policy"
+    start(["def add(a, b):\n    return a + b\n" * 20], SHAPE, seed=3, to=to)
+    return Policy(path=to, round=0)
+
+
+def tokens_of(key):
+    """A counting sequence, which a small model learns in a few steps, and its mask."""
+    rng = random.Random(str(key))
+    length, first = rng.randint(40, 90), rng.randint(3, 60)
+    return tuple(first + n for n in range(length)), tuple(n >= 10 and n % 3 != 0 for n in range(length))
+
+
+def trajectory(key):
+    ids, mask = tokens_of(key)
+    return Trajectory(
+        task_id=key[0],
+        sample=key[1],
+        round=0,
+        seed=0,
+        kind="model",
+        scaffold="",
+        prompt="",
+        temperature=1.0,
+        turns=(),
+        token_ids=ids,
+        action_mask=mask,
+        behaviour_logp=tuple(0.0 for _ in ids),
+        num_turns=1,
+        num_actions=sum(mask),
+        patch="",
+        files=(),
+        stop=Stop.AGENT,
+        reason="",
+        wall_s=0.0,
+        grade=Grade.RESOLVED if key[1] % 2 == 0 else Grade.UNRESOLVED,
+        verdict=None,
+    )
+
+
+def round_at(home, *, labels=False):
+    """Twelve trajectories and six pairs (or twelve labels) of three tasks."""
+    out = store.round_of(home, 0)
+    store.write(out.trajectories, Trajectory, [trajectory(key) for key in KEYS])
+    if labels:
+        store.write(out.preferences, Label, [Label(task_id=t, sample=s, desirable=s % 2 == 0) for t, s in KEYS])
+    else:
+        pairs = [Pair(task_id=f"task-{n}", chosen=s, rejected=s + 1) for n in range(3) for s in (0, 2)]
+        store.write(out.preferences, Pair, pairs)
+    return out
+
+
+def steps_of(product):
+    return [json.loads(line) for line in (product / "steps.jsonl").read_text().splitlines()]
+
+
+def test_imitation_lowers_the_loss_and_leaves_a_hugging_face_directory(cluster, base, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from entropo_ray.train.fit import imitate
+
+    examples = [
+        Example(task_id=t, sample=s, token_ids=tokens_of((t, s))[0], action_mask=tokens_of((t, s))[1]) for t, s in KEYS
+    ]
+    silent = Example(task_id="silent", sample=0, token_ids=(5, 6, 7), action_mask=(False, False, False))
+    store.write(tmp_path / "examples", Example, [*examples, silent])
+    to = tmp_path / "policy"
+    numbers = imitate(base, tmp_path / "examples", config.Fit(**FIT | {"epochs": 8}), seed=1, to=to)
+
+    steps = steps_of(to)
+    assert numbers["steps"] == len(steps) == 8 * 3
+    assert steps[0]["loss"] == pytest.approx(math.log(SHAPE.vocab), abs=0.4)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert numbers["dropped_rows"] == 1
+    assert numbers["rows"] == 8 * len(KEYS)
+    assert numbers["action_tokens"] == 8 * sum(sum(example.action_mask) for example in examples)
+    assert max(step["lr"] for step in steps) == pytest.approx(FIT["lr"], rel=0.05)
+    assert store.done(to)
+    assert not list(tmp_path.glob(".*"))
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(to), AutoTokenizer.from_pretrained(to)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert model.generation_config.eos_token_id == [2, 0]
+    before = AutoModelForCausalLM.from_pretrained(base.path)
+    assert mean_nll(model, examples) < mean_nll(before, examples) - 1
+
+
+def mean_nll(model, examples):
+    """By all logits of the model as transformers runs it."""
+    import torch
+
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.token_ids])
+        log_p = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None]).squeeze(1)
+        mask = torch.tensor(example.action_mask[1:])
+        total, count = total - float(log_p[mask].sum().detach()), count + int(mask.sum())
+    return total / count
+
+
+def test_one_and_two_workers_leave_the_same_loss_trace_from_exactly_ln_2(cluster, base, tmp_path):
+    from entropo_ray.train.fit import fit
+
+    plain = config.Train(**FIT | {"epochs": 2, "zero_stage": 3}, entropy=0.0, smoothing=0.0)
+    out = round_at(tmp_path / "run")
+    numbers = fit(base, base, out, plain, seed=0, to=out.policy)
+    two = steps_of(out.policy)
+    other = tmp_path / "other"
+    fit(base, base, out, replace(plain, workers=1, micro_batch=1, zero_stage=1), seed=0, to=other)
+    one = steps_of(other)
+
+    assert len(two) == len(one) == 4  # six pairs: each epoch's second step is half empty
+    assert two[0]["loss"] == one[0]["loss"] == math.log(2)
+    assert two[0]["margin"] == 0.0
+    assert [step["rows"] for step in two] == [step["rows"] for step in one]
+    for left, right in zip(two, one, strict=True):
+        for name in ("loss", "margin", "entropy", "logp_chosen", "logp_rejected"):
+            assert left[name] == pytest.approx(right[name], abs=1e-5, rel=1e-5)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
+    assert two[-1]["loss"] < math.log(2)
+    assert {
+        "steps", "loss", "margin", "accuracy", "useful_share", "logp_chosen", "logp_rejected", "entropy", "grad_norm",
+        "rows", "tokens", "action_tokens", "peak_gib", "seconds",
+    } <= set(numbers)  # fmt: skip
+
+    rows = {(row.task_id, row.sample): row for row in store.read(out.reference, Reference)}
+    assert rows.keys() == set(KEYS)
+    for key, row in rows.items():
+        assert len(row.ref_logp) == len(row.ref_entropy) == sum(tokens_of(key)[1])
+
+
+def test_entropy_debiasing_and_labels_train(cluster, base, tmp_path):
+    from entropo_ray.train.fit import fit
+
+    out = round_at(tmp_path / "run", labels=True)
+    cfg = config.Train(**FIT | {"workers": 1}, loss="kto", entropy=0.01, length="debias")
+    numbers = fit(base, base, out, cfg, seed=0, to=out.policy)
+    first = steps_of(out.policy)[0]
+    assert numbers["steps"] == 3
+    # z0 is the mean reward of the round's own trajectories, so its first step is about undecided
+    assert first["loss"] == pytest.approx(0.5, abs=0.05)
+    assert {"z0", "reward", "passed"} <= set(first)
+
+
+def test_a_driver_killed_in_the_update_leaves_no_product_and_keeps_the_reference(cluster, base, tmp_path):
+    from entropo_ray.train.fit import fit
+
+    out = round_at(tmp_path / "run")
+    endless = FIT | {"workers": 1, "epochs": 2000}
+    code = (
+        "import ray, sys\nfrom pathlib import Path\nfrom entropo_ray import config, store\n"
+        "from entropo_ray.records import Policy\nfrom entropo_ray.train.fit import fit\n"
+        f"ray.init(address={cluster!r}, log_to_driver=False)\nbase = Policy(path=Path({str(base.path)!r}), round=0)\n"
+        f"out = store.round_of({str(tmp_path / 'run')!r}, 0)\n"
+        f"fit(base, base, out, config.Train(**{endless!r}), seed=0, to=out.policy)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = out.policy.with_name(f".{out.policy.name}.partial") / "steps.jsonl"
+    deadline = time.monotonic() + 90
+    while not (log.is_file() and log.read_text().count("\n") >= 2):
+        assert driver.poll() is None, driver.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline, "no step within 90 s"
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(timeout=30)
+    assert not out.policy.exists()
+    assert store.done(out.reference)
+
+    scored = {path: path.stat().st_mtime_ns for path in out.reference.glob("*.parquet")}
+    fit(base, base, out, config.Train(**FIT | {"workers": 1}), seed=0, to=out.policy)
+    assert store.done(out.policy)
+    assert {path: path.stat().st_mtime_ns for path in out.reference.glob("*.parquet")} == scored
+
+
+def test_a_lost_rank_resumes_from_the_last_checkpoint(cluster, base, tmp_path):
+    import threading
+
+    from entropo_ray.train.fit import fit
+
+    out = round_at(tmp_path / "run")
+    cfg = config.Train(**FIT | {"epochs": 6, "checkpoint_steps": 2, "workers": 1}, entropy=0.0)
+    log = out.policy.with_name(f".{out.policy.name}.partial") / "steps.jsonl"
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and not killed:
+            if log.is_file() and (lines := log.read_text().splitlines()) and len(lines) >= 3:
+                pid = json.loads(lines[-1])["pid"]
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    fit(base, base, out, cfg, seed=0, to=out.policy)
+    thread.join()
+    assert killed
+    assert [step["step"] for step in steps_of(out.policy)] == list(range(12))
+
+
+def test_what_cannot_be_learnt_from_is_refused_before_any_machine_is_asked(base, tmp_path):
+    from entropo_ray.train.fit import fit
+
+    out = round_at(tmp_path / "run")
+    longest = max(len(tokens_of(key)[0]) for key in KEYS)
+    with pytest.raises(ValueError, match=rf"task-\d.*{longest} tokens, more than max_tokens={longest - 1}"):
+        fit(base, base, out, config.Train(**FIT | {"max_tokens": longest - 1}), seed=0, to=out.policy)
+
+    store.write(tmp_path / "foreign", Pair, [Pair(task_id="task-0", chosen=0, rejected=9)])
+    with pytest.raises(ValueError, match=r"'task-0', 9"):
+        fit(base, base, replace(out, preferences=tmp_path / "foreign"), config.Train(**FIT), seed=0, to=out.policy)
+
+    store.write(tmp_path / "none", Pair, [])
+    with pytest.raises(ValueError, match="no pair to learn from"):
+        fit(base, base, replace(out, preferences=tmp_path / "none"), config.Train(**FIT), seed=0, to=out.policy)
+    assert not out.policy.exists()
+    assert not out.reference.exists()
+
+
+def test_the_start_is_drawn_by_the_seed_alone(base, tmp_path):
+    from entropo_ray.train.initial import start
+
+    texts = ["def add(a, b):\n    return a + b\n" * 20]
+    start(texts, SHAPE, seed=3, to=tmp_path / "same")
+    start(texts, SHAPE, seed=4, to=tmp_path / "other")
+    for name in ("tokenizer.json", "model.safetensors"):
+        assert (tmp_path / "same" / name).read_bytes() == (base.path / name).read_bytes()
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() != (base.path / "model.safetensors").read_bytes()
+
+
+def test_digits_are_single_tokens_controls_are_whole_and_text_survives(base):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(base.path / "tokenizer.json"))
+    assert [tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [0, 1, 2]
+    assert [tokenizer.id_to_token(token) for token in tokenizer.encode("2024").ids] == ["2", "0", "2", "4"]
+    text = "naïve\t= 'x'  # ≤ 10\r\n\n  日本"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path):
+    from entropo_ray.train.initial import start
+
+    with pytest.raises(ValueError, match="vocab=200"):
+        start(["text"], replace(SHAPE, vocab=200), seed=0, to=tmp_path / "policy")
