@@ -163,6 +163,24 @@ class Unit:
     samples: tuple[int, ...]
 
 
+def pin(out: store.Evaluation, asked: dict[str, Any]) -> None:
+    """Remember what an evaluation is asked for, or hold this start against it.
+
+    ValueError names the first key that differs: products of one policy must not be taken for those of another, and a
+    choice is not made again once its grades are known.
+    """
+    path = out.trajectories.with_name("asked.json")
+    if path.is_file():
+        for key, old in json.loads(path.read_text(encoding="utf-8")).items():
+            if asked[key] != old:
+                raise ValueError(f"{key}={asked[key]}: {path.parent} was made with {old}; give another evaluate.name")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
 def execute(trajectories: Path, suite: Sequence[Task], cfg: config.Rollout, *, to: Path) -> dict[str, float]:
     """The visible tests on every candidate patch; product Execution.
 
@@ -335,7 +353,11 @@ def _run(
     One Ray task a unit, at most `graders` at once: a test run takes seconds, and any node may take it. Raises
     TimeoutError if nothing comes for as long as one unit may take.
     """
-    attempt = ray.remote(_attempt).options(num_cpus=1, max_retries=cfg.tries, scheduling_strategy="SPREAD")
+    # where nodes are marked as able to hold sandboxes, only those may take a unit
+    box = {"sandbox": 1} if ray.cluster_resources().get("sandbox") else {}
+    attempt = ray.remote(_attempt).options(
+        num_cpus=1, resources=box, max_retries=cfg.tries, scheduling_strategy="SPREAD"
+    )
     deadline_s = cfg.tries * cfg.sandbox.life_s
     waiting = list(reversed(units))
     running: dict[Any, Unit] = {}

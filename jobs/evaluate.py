@@ -8,8 +8,10 @@ Products lie in run_dir/evaluation[-name], the numbers beside it in evaluation[-
 
 import dataclasses
 import json
+from typing import Any
 
 from entropo_ray import config, evaluate, observe, store, tasks
+from entropo_ray.records import Policy
 from entropo_ray.rollout.sample import sample
 from entropo_ray.verify.app import score
 
@@ -20,6 +22,7 @@ def run(cfg: config.Run) -> dict[str, float]:
     rollout = dataclasses.replace(cfg.rollout, tasks=None)  # every task, not one round's draw
     out, judge = store.evaluation_of(cfg.run_dir, ask.name), store.verifier_of(cfg.run_dir)
     policy = store.policy(ask.model) if ask.model else store.last_policy(cfg.run_dir, start=cfg.model)
+    evaluate.pin(out, asked(ask, policy))
     if not store.done(out.trajectories):
         with stage("sample") as numbers:  # no answers given: nothing is graded here
             numbers |= sample(policy, suite, rollout, seed=cfg.seed, samples=ask.samples, to=out.trajectories)
@@ -28,7 +31,7 @@ def run(cfg: config.Run) -> dict[str, float]:
             numbers |= evaluate.execute(out.trajectories, suite, rollout, to=out.executions)
     if not store.done(judge):
         observe.log.info("verify  skipped: no verifier in %s (jobs/verifier.py makes one)", judge)
-    elif not store.done(out.scores):
+    elif not store.done(out.scores) and not store.done(out.choice):  # later evidence has no part in the choice
         with stage("verify") as numbers:
             numbers |= score(out.trajectories, suite, cfg.verifier, policy=judge, to=out.scores)
     if not store.done(out.choice):
@@ -40,6 +43,13 @@ def run(cfg: config.Run) -> dict[str, float]:
     partial.write_text(json.dumps(numbers, indent=2) + "\n")
     partial.replace(out.numbers)
     return numbers
+
+
+def asked(ask: config.Evaluate, policy: Policy) -> dict[str, Any]:
+    """By key, what makes this evaluation this one."""
+    tasks_ = {f"evaluate.tasks.{key}": value for key, value in config.section(ask.tasks).items()}
+    select = {f"evaluate.select.{key}": value for key, value in config.section(ask.select).items()}
+    return {"evaluate.model": str(policy.path), "evaluate.samples": ask.samples, **tasks_, **select}
 
 
 def table(numbers: dict[str, float]) -> str:

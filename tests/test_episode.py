@@ -405,6 +405,14 @@ def test_retelling_closes_a_cut_reply_and_refuses_another_scaffold(trained):
         replay.retokenise(told, trained, dataclasses.replace(CFG, prompt="full"))
 
 
+def test_the_text_of_an_episode_holds_all_messages_and_no_control_token():
+    text = replay.text(play([EDIT, FINISH]))
+    assert text.startswith("system\n" + prompts.system(CFG))
+    assert text.count("\nassistant\n") == 2
+    assert EDIT in text
+    assert "<|im_" not in text
+
+
 def test_the_scaffold_changes_with_what_policies_are_told_and_not_with_limits():
     assert prompts.scaffold(CFG) == prompts.scaffold(dataclasses.replace(CFG, max_tokens=5_000, tool_s=1.0))
     others = [dataclasses.replace(CFG, prompt="full"), dataclasses.replace(CFG, countdown=False)]

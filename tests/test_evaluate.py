@@ -1,6 +1,7 @@
 """evaluate: golden measures, joins by key, the choice before the grades, and the numbers of a small evaluation."""
 
 import difflib
+import importlib.util
 import json
 import math
 import random
@@ -251,6 +252,87 @@ def test_an_evaluation_against_itself_differs_by_nothing_and_signs_follow_the_or
 def test_a_task_that_the_suite_lacks_is_named(out):
     with pytest.raises(ValueError, match=r"evaluate\.tasks: task t was sampled but is not in this suite"):
         evaluate.execute(out.trajectories, [task("u")], config.Rollout(), to=out.executions.with_name("again"))
+
+
+# ------------------------------------------------------------------------------------------------------------ job
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """jobs/evaluate.py over stages that leave whole products, and what each of them was given."""
+    place = Path(__file__).resolve().parent.parent / "jobs" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("job_evaluate", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    calls = []
+
+    def sample(policy, suite, cfg, *, seed, to, samples, answers=None):
+        calls.append(("sample", samples, answers, cfg.tasks))
+        store.write(to, Trajectory, [trajectory(t, i, patch) for (t, i), patch in PATCHES.items()])
+        return {}
+
+    def execute(trajectories, suite, cfg, *, to):
+        calls.append(("execute",))
+        store.write(to, Execution, [Execution(task_id="t", sample=0, regressed=0, reproduced=0)])
+        return {}
+
+    def score(trajectories, suite, cfg, *, policy, to):
+        calls.append(("verify", policy.parent.name))
+        store.write(to, Score, [Score(task_id="t", sample=2, verifier=0.9)])
+        return {}
+
+    def grade_all(out, suite, cfg, answers):
+        assert store.done(out.choice)
+        calls.append(("grade", answers))
+        rows = [Graded(task_id=t, sample=i, grade=g, verdict=None) for (t, i), g in GRADES.items()]
+        store.write(out.grades, Graded, rows)
+
+    monkeypatch.setattr(module, "sample", sample)
+    monkeypatch.setattr(module, "score", score)
+    monkeypatch.setattr(module.tasks, "load", lambda cfg: SUITE)
+    monkeypatch.setattr(evaluate, "execute", execute)
+    monkeypatch.setattr(evaluate, "_grade_all", grade_all)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    words = [f"model={model}", f"run_dir={tmp_path / 'run'}", "evaluate.samples=4", "rollout.tasks=1"]
+
+    def run(*more):
+        calls.clear()
+        cfg = config.load(config.Run, [*words, *more])
+        return module.run(cfg), list(calls), module.table, module.beside(cfg)
+
+    return run
+
+
+ASKED = [("sample", 4, None, None), ("execute",), ("grade", "runs/packs/local")]
+
+
+def test_every_task_is_sampled_without_answers_and_graded_after_the_choice(job, tmp_path):
+    numbers, calls, table, _ = job()
+    assert calls == ASKED
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == numbers
+    assert f"[{numbers['pass_at_1_low']:.3f}, {numbers['pass_at_1_high']:.3f}]" in table(numbers)
+    assert job()[:2] == (numbers, [])  # a finished evaluation runs nothing
+
+
+def test_a_verifier_takes_part_if_it_was_there_before_the_choice(job, tmp_path):
+    job()
+    judge = store.verifier_of(tmp_path / "run")
+    store.publish(store.fresh(judge), judge)
+    assert job()[1] == []
+    assert job("evaluate.name=second")[1] == [*ASKED[:2], ("verify", "verifier"), ASKED[2]]
+
+
+def test_another_evaluation_is_not_taken_for_this_one(job):
+    job()
+    with pytest.raises(ValueError, match=r"evaluate\.samples=8: .* was made with 4; give another evaluate\.name"):
+        job("evaluate.samples=8")
+    with pytest.raises(ValueError, match=r"evaluate\.select\.tie=first: .* was made with verifier"):
+        job("evaluate.select.tie=first")
+    *_, beside = job("evaluate.name=second", "evaluate.select.tie=first")
+    assert "minus evaluation:" in beside
+    assert "pass_at_1_difference" in beside
 
 
 # ------------------------------------------------------------------------------------------------ in real sandboxes

@@ -17,7 +17,7 @@ from entropo_ray import config, tasks
 from entropo_ray.records import Answer, Task
 from entropo_ray.tasks import handbook, local, pack
 from entropo_ray.tasks.families import FAMILIES, PAIRS, RIDDLES
-from entropo_ray.tasks.forms import edit, functions, split_kind
+from entropo_ray.tasks.forms import Family, changed, edit, functions, match, split_kind
 from entropo_ray.tasks.pack import Mined
 from entropo_ray.tasks.problems import part, pose
 
@@ -206,6 +206,19 @@ def test_hidden_tests_are_not_in_the_repository(made):
             assert not any(name in text for name in re.findall(r"def (test_\w+)", file.text) for text in texts)
         assert not set(m.task.visible) & set(m.answer.fail_to_pass)
         assert set(m.task.visible) <= set(m.answer.pass_to_pass)
+
+
+def test_the_repository_holds_no_right_form_of_the_function_at_fault(made):
+    _, mined = made
+    for m in _of_kind(mined, "plain"):
+        source = _source(m)
+        (family,) = {f for f in FAMILIES for text in functions(source) for b in f.bugs if _is(f, b, text)}
+        modules = Path(m.task.image, _path(m.answer)).parent.glob("*.py")
+        assert not any(match(family.code, text) for p in modules for text in functions(p.read_text()))
+
+
+def _is(family: Family, bug: str, text: str) -> bool:
+    return match(changed(family.code, split_kind(bug)[1]), text) is not None
 
 
 def test_repositories_hold_one_clean_commit(made):

@@ -103,6 +103,12 @@ def steps_of(product):
     return [json.loads(line) for line in (product / "steps.jsonl").read_text().splitlines()]
 
 
+def lines_under(home):
+    """The whole lines of the step log of the one stage that is at work below `home`."""
+    logs = list(home.glob("**/.policy.*.partial/steps.jsonl"))
+    return logs[0].read_text().split("\n")[:-1] if logs else []
+
+
 def test_imitation_lowers_the_loss_and_leaves_a_hugging_face_directory(cluster, base, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,9 +210,8 @@ def test_a_driver_killed_in_the_update_leaves_no_product_and_keeps_the_reference
         f"fit(base, base, out, config.Train(**{endless!r}), seed=0, to=out.policy)\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    log = out.policy.with_name(f".{out.policy.name}.partial") / "steps.jsonl"
     deadline = time.monotonic() + 90
-    while not (log.is_file() and log.read_text().count("\n") >= 2):
+    while len(lines_under(tmp_path)) < 2:
         assert driver.poll() is None, driver.stderr.read().decode()[-2000:]
         assert time.monotonic() < deadline, "no step within 90 s"
         time.sleep(0.1)
@@ -228,13 +233,12 @@ def test_a_lost_rank_resumes_from_the_last_checkpoint(cluster, base, tmp_path):
 
     out = round_at(tmp_path / "run")
     cfg = config.Train(**FIT | {"epochs": 6, "checkpoint_steps": 2, "workers": 1}, entropy=0.0)
-    log = out.policy.with_name(f".{out.policy.name}.partial") / "steps.jsonl"
     killed = []
 
     def kill():
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline and not killed:
-            if log.is_file() and (lines := log.read_text().splitlines()) and len(lines) >= 3:
+            if len(lines := lines_under(tmp_path)) >= 3:
                 pid = json.loads(lines[-1])["pid"]
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)

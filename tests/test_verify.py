@@ -1,5 +1,6 @@
 """verify: what a verifier is told and taught, P(YES) whatever the batch, and the Serve application."""
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -209,6 +210,37 @@ def test_what_cannot_be_served_is_said_before_anything_starts(policy):
         app.build({"policy": str(policy), "replica": 2})
     with pytest.raises(ValueError, match="policy is required"):
         app.build({})
+
+
+@pytest.fixture
+def two_policies(policy, tmp_path):
+    initial.start(["other"], SHAPE, seed=1, to=tmp_path / "other")
+    return [app.load(policy, CFG), app.load(tmp_path / "other", CFG)]
+
+
+def test_prompts_of_two_policies_in_one_batch_are_scored_by_their_own(two_policies):
+    rows = [app.Row(two_policies[i % 2], ids) for i, ids in enumerate(random_prompts(7))]
+    alone = [app.score_rows([row])[0] for row in rows]
+    assert app.score_rows(rows) == pytest.approx(alone, abs=1e-6)
+    swapped = [app.Row(two_policies[1 - i % 2], row.ids) for i, row in enumerate(rows)]
+    assert app.score_rows(swapped) != pytest.approx(alone, abs=1e-6)
+
+
+def test_a_replica_whose_model_fails_asks_to_be_replaced(two_policies):
+    sound, broken = two_policies
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight.fill_(math.nan)
+
+    async def life():
+        replica = app.Verifier(CFG)
+        assert len(await replica.forward([app.Row(sound, [5, 6])])) == 1
+        await replica.check_health()
+        with pytest.raises(ArithmeticError):
+            await replica.forward([app.Row(broken, [5, 6])])
+        with pytest.raises(RuntimeError, match="not finite"):
+            await replica.check_health()
+
+    asyncio.run(life())
 
 
 @pytest.fixture(scope="module")

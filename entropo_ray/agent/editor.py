@@ -294,7 +294,7 @@ def _nearest(text: str, old: str) -> str:
     squeezed_lines = ["".join(line.split()) for line in _lines(text)[:5000]]
     near = [wanted] if wanted in squeezed_lines else []
     if not near and len(wanted) <= 200:
-        short = [line for line in squeezed_lines if len(line) <= 200]
+        short = [line for line in squeezed_lines[:1000] if len(line) <= 200]  # near misses cost time
         near = difflib.get_close_matches(wanted, short, n=1)
     if not wanted or not near:
         return ""

@@ -35,3 +35,8 @@ def retokenise(trajectory: Trajectory, chat: Chat, cfg: config.Agent) -> Example
             ids += glue
             mask += [False] * len(glue)
     return Example(task_id=trajectory.task_id, sample=trajectory.sample, token_ids=tuple(ids), action_mask=tuple(mask))
+
+
+def text(trajectory: Trajectory) -> str:
+    """All that was said in an episode of ByteChat, roles included and control tokens left out."""
+    return "".join(f"{role}\n{said}\n" for role, said in ByteChat().messages(trajectory.token_ids))

@@ -1,1 +1,1 @@
-"""Episodes by the thousand: vLLM engines, the classes that Ray Data maps, and the stages `sample`, `teach`, `retell`."""
+"""Episodes by the thousand: vLLM engines, the classes that Ray Data maps, the stages `sample`, `teach` and `retell`."""

@@ -1,8 +1,8 @@
 """vLLM in Ray actors, and the pool that makes them one `Generate`.
 
 All vLLM names live here, and are imported inside the actor alone. Engines take ids and give ids: prompts are built and
-replies are read by `chat`, in the episode actors. An engine serves one policy for the length of one stage, so a restarted
-one (Ray replays its constructor's arguments) can never serve another.
+replies are read by `chat`, in the episode actors. An engine serves one policy for the length of one stage, so a
+restarted one (Ray replays its constructor's arguments) can never serve another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
@@ -32,7 +32,10 @@ from entropo_ray.records import Policy
 
 log = logging.getLogger("entropo_ray")
 
-START_CPU_S, START_GPU_S = 300.0, 1800.0  # from asking for the actors to their first tokens; weights may come by network
+START_CPU_S, START_GPU_S = (
+    300.0,
+    1800.0,
+)  # from asking for the actors to their first tokens; weights may come by network
 HOMELESS_S = 120.0  # wait for any healthy engine; a restart takes 12 s (tiny model, CPU) and more
 DEADLINE = 0.9  # of llm_s: the engine gives up before its caller does, and so is known to be late
 SLACK_S = 30.0  # an engine that is later than its own deadline does not answer at all
@@ -48,11 +51,7 @@ class Reply:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # nats, raw log pi at T = 1, one per token
-    finish: str  # stop | length; no answer: abort | deadline
-
-    @property
-    def answered(self) -> bool:
-        return self.finish in ("stop", "length")
+    finish: Literal["stop", "length", "abort", "deadline"]  # the last two are no answer
 
 
 class EngineStuck(Exception):
@@ -99,9 +98,9 @@ class Engine:
                 room = self._cfg.agent.max_tokens
                 prompt = [(7 * i) % 97 for i in range(min(64, room - 1))]
                 reply = await self._generate(prompt, episode="ready", seed=0, max_tokens=min(8, room - len(prompt)))
-                self._warm = reply.answered
-                if not self._warm:
+                if not reply.token_ids:
                     raise EngineStuck(f"no first token: {reply.finish}")
+                self._warm = True
         return os.getpid()
 
     async def close(self) -> None:
@@ -143,11 +142,10 @@ class Engine:
 
 
 async def _last(stream: AsyncIterator[Any]) -> Any:
-    output = None
-    async for output in stream:
-        pass
-    assert output is not None, "the engine ended a request without an output"
-    return output.outputs[0]
+    """The one output of a FINAL_ONLY stream."""
+    outputs = [output.outputs[0] async for output in stream]
+    assert len(outputs) == 1, f"the engine ended a request with {len(outputs)} outputs"
+    return outputs[0]
 
 
 def _reply(output: Any, request: str) -> Reply:
@@ -190,7 +188,7 @@ def _engine_args(cfg: config.Rollout) -> dict[str, Any]:
         "kv_cache_memory_bytes": (cfg.engine_kv_mb or CPU_KV_MB) << 20,
         "gpu_memory_utilization": 0.1,  # also gates CPU memory
         "block_size": 32,  # of the prefix cache; 128 would recompute most of a short turn
-        # A seeded request whose prefill is split kills the CPU engine ("CPU Generator does not use offset"): never split.
+        # A seeded request whose prefill is split kills the CPU engine ("CPU Generator does not use offset"): never.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(length, 4096),
     }
@@ -235,11 +233,11 @@ def _await_start(actors: list[Any], cfg: config.Rollout) -> None:
     except GetTimeoutError:
         raise TimeoutError(
             f"rollout.engines={cfg.engines} of 1 CPU and {cfg.engine_gpus} GPUs each did not start in {start_s:.0f} s; "
-            f"the cluster has {_resources(ray.cluster_resources())}, free {_resources(ray.available_resources())}"
+            f"the cluster has {resources(ray.cluster_resources())}, free {resources(ray.available_resources())}"
         ) from None
 
 
-def _resources(found: Mapping[str, float]) -> str:
+def resources(found: Mapping[str, float]) -> str:
     return json.dumps({name: found.get(name, 0.0) for name in ("CPU", "GPU", "sandbox")})
 
 
@@ -284,7 +282,10 @@ class Remote:
         return reply
 
     async def ready(self) -> None:
-        await _answer(self._actor.ready.remote(), HOMELESS_S)
+        try:
+            await _answer(self._actor.ready.remote(), HOMELESS_S)
+        except EngineStuck as error:
+            raise EngineDown(_one_line(error), final=False) from None
 
 
 async def _answer(ref: Any, within_s: float) -> Any:
@@ -338,7 +339,7 @@ class Pool:
             except EngineDown as down:
                 self._quarantine(name, down)
             else:
-                if reply.answered:
+                if reply.finish == "stop" or reply.finish == "length":
                     self._deadlines[name] = 0
                     return Completion(
                         token_ids=reply.token_ids,
@@ -408,7 +409,9 @@ class Pool:
                 return
 
     def _last_errors(self) -> str:
-        return "last errors: " + ("; ".join(f"{name}: {error}" for name, error in sorted(self._errors.items())) or "none")
+        return "last errors: " + (
+            "; ".join(f"{name}: {error}" for name, error in sorted(self._errors.items())) or "none"
+        )
 
 
 def pool(names: Sequence[str], chat: Chat, cfg: config.Rollout) -> Pool:

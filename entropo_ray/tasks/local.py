@@ -171,19 +171,20 @@ def _modules(package: str, problem: Problem, cases: Cases, rng: random.Random) -
     modules: list[Module] = []
     for topic, name in (first, *rng.sample(others, number)):
         size = rng.choice((2, 3) if modules else (0, 1) if len(problem.right) > 1 else (1, 1, 2))
-        before, after, tests = _neighbours(topic, size, taken, rng)
+        # a right function of the family at fault would show the answer
+        families = [f for f in FAMILIES if f.topic == topic and f.name != problem.family]
+        before, after, tests = _neighbours(families, size, taken, rng)
         tests = tests if modules else cases.visible + tests
         modules.append(Module(package=package, name=name, before=before, after=after, cases=tests))
     return modules
 
 
 def _neighbours(
-    topic: str, size: int, taken: set[str], rng: random.Random
+    families: Sequence[Family], size: int, taken: set[str], rng: random.Random
 ) -> tuple[Program, Program, tuple[Case, ...]]:
-    """Right functions of a topic to stand above and below a program, with their tests; `taken` grows by their names."""
+    """Right functions to stand above and below a program, with their tests; `taken` grows by their names."""
     places: tuple[list[str], list[str]] = ([], [])
     tests: list[Case] = []
-    families = [f for f in FAMILIES if f.topic == topic]
     for family in rng.sample(families, min(size, len(families))):
         function, text, cases = neighbour(family, rng)
         if function in taken:
@@ -200,6 +201,7 @@ def _public(
     """The task, and its repository on disk, not yet committed."""
     task_id = f"local-{label}"
     home = repository(to, task_id)
+    shutil.rmtree(home, ignore_errors=True)
     files = _files(label, problem, modules)
     for path, text in files.items():
         (home / path).parent.mkdir(parents=True, exist_ok=True)

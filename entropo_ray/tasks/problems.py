@@ -27,6 +27,7 @@ _SHOWN_CHARS = 44  # the longest call that an issue quotes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
+    family: str
     topic: str
     broken: Program
     right: Program
@@ -71,6 +72,7 @@ def _plain(family: Family, rng: random.Random, fate: random.Random) -> Problem:
     calls = _calls("f", family.cases, words)
     broken = rng.choice([w for w in wrong if _shows(w, right, calls)])
     return Problem(
+        family=family.name,
         topic=family.topic,
         broken=broken,
         right=right,
@@ -106,6 +108,7 @@ def _ambiguous(family: Pair, rng: random.Random, fate: random.Random) -> Problem
     ]
     wrong = [program(codes[:2], codes[2]) for codes in mistaken((*now, family.code[2]), family.wrong)]
     return Problem(
+        family=family.name,
         topic=family.topic,
         broken=program(now),
         right=readings[guilty],
@@ -127,6 +130,7 @@ def _riddle(family: Riddle, rng: random.Random, fate: random.Random) -> Problem:
     wrong = [(fill(changed(family.code, step), words),) for step in family.wrong]
     later = {hole: f"${hole}" for hole in "pqr"}
     return Problem(
+        family=family.name,
         topic=family.topic,
         broken=(fill(family.code, words),),
         right=right,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,7 @@ def _run(job: Job, to: Path) -> dict[str, float]:
     """Start the ranks, wait for them, publish what rank 0 wrote."""
     _check(job)
     started = time.perf_counter()
-    partial = store.fresh(to)
+    partial = _apart(to)
     cfg = job.cfg
     # the default of 2 s is the pace at which reports are taken and the end is noticed
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -147,6 +148,15 @@ def _run(job: Job, to: Path) -> dict[str, float]:
     numbers = _numbers(partial / STEPS) | {"seconds": time.perf_counter() - started}
     store.publish(partial, to, policy=str(job.policy.path), seed=job.seed)
     return numbers
+
+
+def _apart(to: Path) -> Path:
+    """An empty directory of this start alone: ranks of a killed driver live on for seconds, and may still write."""
+    for stale in to.parent.glob(f".{to.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    return partial
 
 
 def _rank(settings: dict[str, Job]) -> None:

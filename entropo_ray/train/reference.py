@@ -84,8 +84,10 @@ class ReferenceScorer:
         packed = pack([found[key] for key in keys])
         scores = self.scorer(packed.to(self.device))
         split = [values.cpu().split(list(packed.actions)) for values in (scores.logp, scores.entropy)]
-        records = [
-            Reference(task_id=key[0], sample=key[1], ref_logp=tuple(logp.tolist()), ref_entropy=tuple(entropy.tolist()))
-            for key, logp, entropy in zip(keys, *split, strict=True)
-        ]
-        return {"rows": [store.append(self.to, Reference, records, key=keys[0])]}
+        for key, logp, entropy in zip(keys, *split, strict=True):
+            record = Reference(
+                task_id=key[0], sample=key[1], ref_logp=tuple(logp.tolist()), ref_entropy=tuple(entropy.tolist())
+            )
+            # a part for each key: an actor of a killed start that is still at work cannot leave a row twice
+            store.append(self.to, Reference, [record], key=key)
+        return {"rows": [len(keys)]}

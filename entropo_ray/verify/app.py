@@ -90,7 +90,7 @@ class Verifier:
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Other weights without a restart: {"policy": directory}."""
         policy = Path(user_config["policy"])
-        self._loaded = await asyncio.get_running_loop().run_in_executor(self._thread, _load, policy, self._cfg)
+        self._loaded = await asyncio.get_running_loop().run_in_executor(self._thread, load, policy, self._cfg)
 
     async def check_health(self) -> None:
         """Raises after a failed forward pass, so that Serve replaces this replica."""
@@ -120,8 +120,12 @@ class Verifier:
     @serve.batch(batch_wait_timeout_s=0.01, batch_size_fn=lambda rows: len(rows) * max(map(len, rows)))
     async def _batch(self, rows: list[Row]) -> list[float]:
         """Rows of at most `batch_tokens` padded tokens, scored together."""
+        return await self.forward(rows)
+
+    async def forward(self, rows: list[Row]) -> list[float]:
+        """P(YES) of each row, in order; one that raises is the last that this replica is asked for."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, _score_rows, rows)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, score_rows, rows)
         except Exception as error:
             self._broken = f"scoring failed: {type(error).__name__}: {error}"
             raise
@@ -136,13 +140,13 @@ _deployment = serve.deployment(
 )(serve.ingress(api)(Verifier))
 
 
-def _load(policy: Path, cfg: config.Verifier) -> Loaded:
+def load(policy: Path, cfg: config.Verifier) -> Loaded:
     words = chat.load(policy)
     name = f"{policy}@{model.digest(policy)}"
     return Loaded(name, model.load(policy, gpus=cfg.replica_gpus), words, model.labels(words))
 
 
-def _score_rows(rows: Sequence[Row]) -> list[float]:
+def score_rows(rows: Sequence[Row]) -> list[float]:
     """Scores in the order of the rows; those of two policies, met while one replaces the other, are kept apart."""
     scores: dict[int, float] = {}
     for loaded in {id(row.loaded): row.loaded for row in rows}.values():
