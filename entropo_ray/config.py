@@ -159,6 +159,7 @@ class Sft(Fit):
     samples: int = 2  # teacher attempts per training task
     error_rate: float = 0.45  # share of attempts in which the teacher errs on purpose
     keep: Literal["all", "finished", "resolved"] = "finished"
+    learn: Literal["actions", "all"] = "actions"  # all: predict what is read, too; for a model that starts from nothing
     shape: Model = field(default_factory=Model)
 
 

@@ -24,14 +24,17 @@ def sft(cfg: config.Run) -> Policy:
     seed = store.seed_of(cfg.run_dir)
     if not store.done(seed.trajectories):
         with stage("teach") as numbers:
-            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, to=seed.trajectories)
+            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, answers=cfg.tasks.path, to=seed.trajectories)
     base = store.policy(cfg.sft.base) if cfg.sft.base else Policy(path=seed.base, round=0)
     if not cfg.sft.base and not store.done(seed.base):
         with stage("start") as numbers:
             numbers |= start(texts(seed.trajectories), cfg.sft.shape, seed=cfg.seed, to=seed.base)
     if not store.done(seed.examples):
         with stage("retell") as numbers:
-            numbers |= retell(seed.trajectories, base.path, cfg.rollout.agent, keep=cfg.sft.keep, to=seed.examples)
+            ask = cfg.sft
+            numbers |= retell(
+                seed.trajectories, base.path, cfg.rollout.agent, keep=ask.keep, learn=ask.learn, to=seed.examples
+            )
     if not store.done(seed.policy):
         with stage("imitate") as numbers:
             numbers |= imitate(base, seed.examples, cfg.sft, seed=cfg.seed, to=seed.policy)

@@ -29,7 +29,7 @@ from entropo_ray.records import (
     to_row,
     to_table,
 )
-from entropo_ray.sandbox import ImageMissing, SandboxError, SandboxSpec
+from entropo_ray.sandbox import SandboxError, SandboxSpec
 
 TASK = "task"  # the column that carries an episode's task to its grader
 SETUP_S = 120.0  # opening and closing a sandbox, and the answers of a lost one
@@ -86,8 +86,6 @@ class Episodes:
                 return await run_episode(
                     request, self._generate, box, self._chat, agent, temperature=self._temperature, kind=self._kind
                 )
-        except ImageMissing as error:
-            return self._lost(request, str(error))
         except SandboxError as error:
             return self._lost(request, f"{type(error).__name__}: {error}")
         except TimeoutError:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from entropo_ray import config, grade, store
 from entropo_ray.records import Grade, Stop, Task, Trajectory, Verdict, to_table
 from entropo_ray.rollout.episodes import BACKOFF_S, SETUP_S, from_row_of
-from entropo_ray.sandbox import ImageMissing, SandboxError
+from entropo_ray.sandbox import SandboxError
 
 LOST = "lost"  # directory inside the product: rows that infrastructure left without an answer
 
@@ -80,8 +80,6 @@ class Graders:
             try:
                 async with asyncio.timeout(limit_s):
                     return await answers.grade(task, patch, self._cfg.sandbox)
-            except ImageMissing as error:
-                return str(error)
             except SandboxError as error:
                 reason = f"{type(error).__name__}: {error}"
             except TimeoutError:

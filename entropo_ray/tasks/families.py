@@ -1210,10 +1210,10 @@ PAIRS: tuple[Pair, ...] = (
         ),
         code=(
             '''def $f($a, $b):
-    """Time from $a to $b, given in milliseconds."""
+    """Time that lies between $a and $b."""
     return $b - $a''',
             '''def $g($c, $d):
-    """How much of $c falls on one unit of $d."""
+    """How fast $c is done in $d."""
     return $c / $d''',
             '''def $h($c, $a, $b):
     """The $c in one second, between $a and $b milliseconds."""
