@@ -9,13 +9,12 @@ Qwen3) -> retell (the trajectories in the model's tokens) -> imitate. Products l
 from collections.abc import Iterator
 from pathlib import Path
 
-from entropo_ray.rollout.teach import retell, teach
-from entropo_ray.train.fit import imitate
-from entropo_ray.train.initial import start
-
 from entropo_ray import config, observe, store, tasks
 from entropo_ray.agent import replay
 from entropo_ray.records import Policy, Trajectory
+from entropo_ray.rollout.teach import retell, teach
+from entropo_ray.train.fit import imitate
+from entropo_ray.train.initial import start
 
 
 def sft(cfg: config.Run) -> Policy:
@@ -24,7 +23,7 @@ def sft(cfg: config.Run) -> Policy:
     seed = store.seed_of(cfg.run_dir)
     if not store.done(seed.trajectories):
         with stage("teach") as numbers:
-            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, answers=cfg.tasks.path, to=seed.trajectories)
+            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, to=seed.trajectories)
     base = store.policy(cfg.sft.base) if cfg.sft.base else Policy(path=seed.base, round=0)
     if not cfg.sft.base and not store.done(seed.base):
         with stage("start") as numbers:

