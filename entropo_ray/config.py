@@ -27,6 +27,7 @@ class Pack:
     seed: int = 0  # of the generated tasks; a run's own seed is another, so that runs can share a pack
     count: int = 64  # training tasks
     held_out: int = 50  # tasks of the test split
+    practice: int = 0  # tasks for a teacher alone: never graded, so neither validated nor held with answers
     ambiguous: float = 0.34  # share of tasks whose issue leaves two or more plausible causes
     hidden: float = 0.08  # share of tasks that hide the type of the answer (same issue, different hidden tests)
     runs: int = 1  # times that the reference patch must pass and the empty patch must fail
@@ -36,7 +37,7 @@ class Pack:
 @dataclass(frozen=True)
 class Tasks:
     path: str = "runs/packs/local"
-    split: Literal["train", "test", "all"] = "train"
+    split: Literal["train", "test", "practice", "all"] = "train"  # all: train and test
     limit: int | None = None  # the first so many
 
 
@@ -156,7 +157,8 @@ class Model:
 class Sft(Fit):
     teacher: Literal["scripted"] = "scripted"
     base: str = ""  # a Hugging Face causal LM; "": a tokenizer and a random Qwen3 are made here
-    samples: int = 2  # teacher attempts per training task
+    split: Literal["train", "practice"] = "train"  # tasks of the pack that the teacher plays on
+    samples: int = 2  # teacher attempts per task
     error_rate: float = 0.45  # share of attempts in which the teacher errs on purpose
     keep: Literal["all", "finished", "resolved"] = "finished"
     learn: Literal["actions", "all"] = "actions"  # all: predict what is read, too; for a model that starts from nothing

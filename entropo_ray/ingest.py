@@ -38,15 +38,21 @@ def ingest(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dic
     _ready(box)
     partial = store.fresh(to)
     mined = local.generate(
-        count=cfg.count, held_out=cfg.held_out, ambiguous=cfg.ambiguous, hidden=cfg.hidden, seed=seed, to=partial
+        count=cfg.count,
+        held_out=cfg.held_out,
+        ambiguous=cfg.ambiguous,
+        hidden=cfg.hidden,
+        seed=seed,
+        to=partial,
+        practice=cfg.practice,
     )
-    answers = {m.task.id: m.answer for m in mined}
+    answers = {m.task.id: m.answer for m in mined if m.task.split != pack.PRACTICE}
 
     async def prove(task: Task) -> list[str]:
         return await grade.validate(task, answers[task.id], box, runs=cfg.runs)
 
     # the local source knows its answers: a task that does not hold is a defect, so none is left out in silence
-    _all_hold([m.task for m in mined], prove, where=f"pack.source={cfg.source}")
+    _all_hold([m.task for m in mined if m.task.id in answers], prove, where=f"pack.source={cfg.source}")
     (partial / _MADE_WITH).write_text(json.dumps(settings) + "\n")
     tasks.write(partial, mined)
     partial.replace(to)

@@ -14,7 +14,7 @@ def main(cfg: config.Run) -> None:
     if cfg.pack.check:
         numbers = ingest.check(cfg.pack, cfg.rollout.sandbox, path=path)
     else:
-        numbers = ingest.ingest(cfg.pack, cfg.rollout.sandbox, seed=cfg.seed, to=path)
+        numbers = ingest.ingest(cfg.pack, cfg.rollout.sandbox, seed=cfg.pack.seed, to=path)
     print(f"pack: {path}  " + "  ".join(f"{key} {value:g}" for key, value in numbers.items()))
 
 

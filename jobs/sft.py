@@ -7,6 +7,7 @@ Qwen3) -> retell (the trajectories in the model's tokens) -> imitate. Products l
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from entropo_ray import config, observe, store, tasks
@@ -19,7 +20,7 @@ from entropo_ray.train.initial import start
 
 def sft(cfg: config.Run) -> Policy:
     stage = observe.stages(cfg.run_dir)
-    suite = tasks.load(cfg.tasks)
+    suite = tasks.load(replace(cfg.tasks, split=cfg.sft.split))
     seed = store.seed_of(cfg.run_dir)
     if not store.done(seed.trajectories):
         with stage("teach") as numbers:
@@ -47,7 +48,7 @@ def texts(trajectories: Path) -> Iterator[str]:
 
 
 def main(cfg: config.Run) -> None:
-    tasks.load(cfg.tasks)
+    tasks.load(replace(cfg.tasks, split=cfg.sft.split))
     config.pin(cfg)
     with observe.cluster(cfg):
         policy = sft(cfg)

@@ -71,20 +71,18 @@ Change the repository so that the issue is resolved. Test files are handled else
 Do not print more than you need: results of calls are cut when they are long.
 """
 
-_BRIEF_SYSTEM = f"""You fix an issue in a repository. Reply with a short thought and one call:
+_BRIEF_SYSTEM = f"""Reply with a thought and one call:
 {parse.FORMAT}
-Tools:
-file_editor: command (view, create, str_replace, insert, undo_edit), path, view_range, file_text, old_str, new_str, \
-insert_line
+file_editor: command (view, create, str_replace, insert, undo_edit), path, old_str, new_str
 execute_bash: cmd
-search: search_term, path
+search: search_term
 finish
-Values are verbatim; old_str must occur exactly once in the file."""
+Values are verbatim; old_str must occur exactly once."""
 
 _BRIEF_TASK = """<github_issue>
 {problem}
 </github_issue>
-Fix it in {workdir}, then call finish. Tests are handled elsewhere."""
+Fix it in {workdir}, then call finish."""
 
 _ISSUE = re.compile(r"<github_issue>\n(.*)\n</github_issue>", re.DOTALL)
 

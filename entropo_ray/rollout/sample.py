@@ -118,7 +118,8 @@ def requests(
 
 
 def unanswered(asked: Sequence[RolloutRequest], to: Path) -> list[RolloutRequest]:
-    """Those that have no row on disk."""
+    """Those that have no row on disk. The product is not sealed yet."""
+    assert not store.done(to), f"{to} is whole already"
     held = store.keys(to)
     return [request for request in asked if _key(request) not in held]
 

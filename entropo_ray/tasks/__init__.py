@@ -22,7 +22,8 @@ def load(cfg: config.Tasks) -> list[Task]:
         raise ValueError(f"tasks.path={cfg.path}: no such directory; run jobs/pack.py, or name a pack that exists")
     if not pack.whole(path):
         raise ValueError(f"tasks.path={cfg.path}: not whole (no `done`); run jobs/pack.py again")
-    found = [t for t in pack.tasks(path) if cfg.split in (t.split, "all")][: cfg.limit]
+    wanted = ("train", "test") if cfg.split == "all" else (cfg.split,)
+    found = [t for t in pack.tasks(path) if t.split in wanted][: cfg.limit]
     if not found:
         raise ValueError(
             f"tasks.path={cfg.path}: no task with split={cfg.split} and limit={cfg.limit}; "

@@ -23,7 +23,7 @@ from typing import Any
 from entropo_ray.records import Answer, File, Task
 from entropo_ray.tasks.families import FAMILIES, PAIRS, RIDDLES
 from entropo_ray.tasks.forms import Family, Pair, Riddle, edit, fill
-from entropo_ray.tasks.pack import Mined, repository
+from entropo_ray.tasks.pack import PRACTICE, Mined, repository
 from entropo_ray.tasks.problems import Case, Cases, Problem, Program, neighbour, part, pose
 
 Kind = Family | Pair | Riddle
@@ -99,8 +99,10 @@ class _Drawn:
         return True
 
 
-def generate(*, count: int, held_out: int, ambiguous: float, hidden: float, seed: int, to: Path) -> list[Mined]:
-    """`count` training and `held_out` test tasks; their repositories are written below `to`/repos.
+def generate(
+    *, count: int, held_out: int, ambiguous: float, hidden: float, seed: int, to: Path, practice: int = 0
+) -> list[Mined]:
+    """`count` training, `held_out` test and `practice` tasks; their repositories are written below `to`/repos.
 
     The same arguments give the same bytes (indexes of git apart). `ambiguous` and `hidden` are shares of each split.
     Raises ValueError when more tasks are asked for than there are words to make them of.
@@ -108,7 +110,8 @@ def generate(*, count: int, held_out: int, ambiguous: float, hidden: float, seed
     names = _names(seed)
     drawn = _Drawn(files=set(), programs={})
     mined: list[Mined] = []
-    for split, size in (("train", count), ("test", held_out)):
+    names[PRACTICE] = names["train"][count:]
+    for split, size in (("train", count), ("test", held_out), (PRACTICE, practice)):
         if size > len(names[split]):
             raise ValueError(f"pack: {size} {split} tasks: the local source has names for {len(names[split])} at most")
         kinds = _kinds(size, ambiguous=ambiguous, hidden=hidden, rng=random.Random(f"{seed}/{split}/kinds"))

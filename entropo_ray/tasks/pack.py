@@ -16,6 +16,7 @@ _TASKS = "tasks.jsonl"
 _ANSWERS = "answers.jsonl"
 _REPOS = "repos"
 _DONE = "done"
+PRACTICE = "practice"  # a split for a teacher to play on: never graded, so its answers are not kept
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def write(to: Path, mined: Sequence[Mined]) -> None:
     to.mkdir(parents=True, exist_ok=True)
     (to / _DONE).unlink(missing_ok=True)
     _lines(to / _TASKS, (to_row(_relative(m.task, to)) for m in mined))
-    _lines(to / _ANSWERS, (to_row(m.answer) for m in mined))
+    _lines(to / _ANSWERS, (to_row(m.answer) for m in mined if m.task.split != PRACTICE))
     _aside(to / _DONE, json.dumps({"tasks": len(mined)}) + "\n")
 
 
