@@ -5,7 +5,6 @@ does not cover is generalisation, which `make iterate` and `make evaluate` show.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -112,11 +111,12 @@ def test_an_agent_is_trained_killed_resumed_and_evaluated(tmp_path):
     for trajectory in store.read(out.trajectories, Trajectory):
         spans = sum(turn.stop - turn.start for turn in trajectory.turns)
         assert spans == trajectory.num_actions == sum(trajectory.action_mask)
-    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _mentions(pid, str(tmp_path))]
+    assert not [home for home in Path("/proc").glob("[0-9]*") if _mentions(home, str(tmp_path))]
 
 
-def _mentions(pid, text):
+def _mentions(home, text):
+    """Whether a process's command line holds a text; this process and its ancestors do not count."""
     try:
-        return text in Path(f"/proc/{pid}/cmdline").read_text() and int(pid) != os.getpid()
+        return text in (home / "cmdline").read_text() and "pytest" not in (home / "cmdline").read_text()
     except OSError:
-        return False
+        return False  # it ended while we looked

@@ -68,7 +68,7 @@ def scripted(replies: Sequence[str], chat: Chat | None = None) -> Generate:
 Repairs = Callable[[str, str], Sequence[Repair]]  # (source, issue): the right fixes
 Mistakes = Callable[[str, str, random.Random], Sequence[Repair]]  # the plausible wrong ones
 
-SEARCHES = 0.3  # share of episodes that begin with a search
+SEARCHES = 0.05  # share of episodes that begin with a search
 TESTS = 0.2  # share that run the visible tests after the edit
 CAREFUL = 0.5  # share of those that answer a failing test with another repair
 NEAR = 4  # a wrong fix is one of so many; the first are at the place of the fault
@@ -76,9 +76,9 @@ NEAR = 4  # a wrong fix is one of so many; the first are at the place of the fau
 FLAWS = {"wrong": 0.65, "idle": 0.20, "malformed": 0.05, "mismatch": 0.05, "comment": 0.05}
 
 _THOUGHTS = {
-    "search": ("Find where {name} is defined.", "Let me search for {name}.", "First I look for {name}."),
+    "search": ("Find where it is defined.", "Let me search for it."),
     "list": ("See which files there are.", "Let me list the repository first."),
-    "view": ("Read {path} first.", "Let me look at {path}.", "Open {path} to see the code."),
+    "view": ("Read the file first.", "Let me look at the code.", "Open the file."),
     "edit": (
         "This is the fault, so replace it.",
         "The code here is wrong; fix it.",
@@ -207,14 +207,14 @@ class Teacher:
         """Towards the file that the issue is about."""
         path, name = _path_in(seen.issue), _name_in(seen.issue)
         if seen.listed is None and name and (plan.searches or path is None):
-            return _say(rng, "search", "search", name=name, search_term=f"def {name.rpartition('.')[2]}")
+            return _say(rng, "search", "search", search_term=f"def {name.rpartition('.')[2]}")
         if path is None and seen.listed is not None:
             path = _path_in(seen.listed)
             if path is None:
                 return _say(rng, "quit", "finish")
         if path is None:
             return _say(rng, "list", "file_editor", command="view", path=".")
-        return _say(rng, "view", "file_editor", command="view", path=path)
+        return _say(rng, "view", "file_editor", command="view", path=f"./{path}")
 
     def _edit(self, seen: _Seen, plan: _Plan, rng: random.Random) -> str:
         path, source = seen.path or "", seen.source or ""
@@ -241,10 +241,9 @@ class Teacher:
         return [repair for repair in repairs if (repair.old, repair.new) not in seen.tried]
 
 
-def _say(rng: random.Random, thought: str, tool: str, name: str = "", **arguments: str | int) -> str:
+def _say(rng: random.Random, thought: str, tool: str, **arguments: str | int) -> str:
     """A thought of the stock, then the call."""
-    words = rng.choice(_THOUGHTS[thought]).format(name=name, path=arguments.get("path", ""))
-    return f"{words}\n{parse.encode(Action(tool, arguments))}"
+    return f"{rng.choice(_THOUGHTS[thought])}\n{parse.encode(Action(tool, arguments))}"
 
 
 def _path_in(text: str) -> str | None:

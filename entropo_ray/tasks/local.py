@@ -50,18 +50,18 @@ _TRIES = 200
 _GITS = 4  # git processes at once; they mostly wait
 
 _OPENINGS = (  # {says}, {f} the function, {path}, {call}, {is_} what it does, {want}
-    "{says} `{call}` {is_}, it should be {want}. The function `{f}` is in `{path}`.",
-    "`{f}` in `{path}` looks wrong. {says} For example `{call}` {is_} instead of {want}.",
-    "{says}\n\nI called `{f}` from `{path}`: `{call}` {is_}, but I expected {want}.",
-    "Problem with `{f}`: {says} `{call}` {is_} where {want} is right. See `{path}`.",
-    "I think there is a bug in `{f}` (`{path}`). {says} `{call}` {is_} and not {want}.",
-    "Since the last release `{f}` misbehaves. {says} `{call}` {is_}, we need {want}. File: `{path}`.",
+    "{says} `{call}` {is_}, it should be {want}. The function `{f}` is in\n./{path}",
+    "`{f}` looks wrong. {says} For example `{call}` {is_} instead of {want}.\n./{path}",
+    "{says}\n\nI called `{f}`: `{call}` {is_}, but I expected {want}. It is in\n./{path}",
+    "Problem with `{f}`: {says} `{call}` {is_} where {want} is right. See\n./{path}",
+    "I think there is a bug in `{f}`. {says} `{call}` {is_} and not {want}.\n./{path}",
+    "Since the last release `{f}` misbehaves. {says} `{call}` {is_}, we need {want}. File:\n./{path}",
 )
 _BARE_OPENINGS = (  # without the path: the file has to be searched for
     "`{f}` is broken. {says} For example `{call}` {is_}, I expected {want}.",
     "{says} I traced it to `{f}`: `{call}` {is_} instead of {want}.",
 )
-_BARE_SHARE = 0.12
+_BARE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
