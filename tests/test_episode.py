@@ -155,10 +155,11 @@ def test_a_reply_gets_the_room_that_is_left():
         caps.append((max_tokens, len(prompt)))
         return completion(BYTES, LOOK, max_tokens)
 
-    cfg = dataclasses.replace(CFG, max_tokens=1_400)
+    first = len(BYTES.opening(prompts.system(CFG), prompts.task(TASK, CFG)))
+    cfg = dataclasses.replace(CFG, max_tokens=first + 500)
     row = play(generate, cfg=cfg)
     assert row.stop is Stop.TOKEN
-    assert [cap for cap, _ in caps] == [min(600, 1_400 - length) for _, length in caps]
+    assert [cap for cap, _ in caps] == [min(600, cfg.max_tokens - length) for _, length in caps]
     assert len({cap for cap, _ in caps}) > 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entropo_ray import config, evaluate, observe, select, store, tasks
+from entropo_ray import config, evaluate, select, store, tasks
 from entropo_ray.records import Choice, Execution, Grade, Graded, Score, Stop, Task, Trajectory
 from entropo_ray.tasks import local
 
@@ -358,7 +358,7 @@ def breaking(task, gold):
 
 
 @pytest.mark.ray
-def test_visible_then_hidden_tests_of_every_patch_once(pack, tmp_path):
+def test_visible_then_hidden_tests_of_every_patch_once(pack, cluster, tmp_path):
     path, suite, gold = pack
     cfg = config.Rollout(graders=2, tries=1, sandbox=config.Sandbox(grade_s=60.0))
     out = store.evaluation_of(tmp_path)
@@ -367,10 +367,9 @@ def test_visible_then_hidden_tests_of_every_patch_once(pack, tmp_path):
     patches = [(one, 0, gold[one.id]), (one, 1, gold[one.id]), (one, 2, ""), (two, 0, gold[two.id]), (two, 1, broken)]
     attempts = [trajectory(t.id, i, patch) for t, i, patch in patches]
     store.write(out.trajectories, Trajectory, [*attempts, trajectory(two.id, 2, "", stop=Stop.INFRA_ERROR)])
-    with observe.cluster(config.Run(model="m", run_dir=str(tmp_path), ray_cpus=2)):
-        ran = evaluate.execute(out.trajectories, suite, cfg, to=out.executions)
-        evaluate.choose(out, suite, config.Select())
-        numbers = evaluate.resolve(out, suite, cfg, answers=path, chosen_by=config.Select())
+    ran = evaluate.execute(out.trajectories, suite, cfg, to=out.executions)
+    evaluate.choose(out, suite, config.Select())
+    numbers = evaluate.resolve(out, suite, cfg, answers=path, chosen_by=config.Select())
     found = {(e.task_id, e.sample): e.regressed for e in store.read(out.executions, Execution)}
     assert 0 < found.pop((two.id, 1)) <= len(two.visible)
     assert found == {(one.id, 0): 0, (one.id, 1): 0, (two.id, 0): 0}

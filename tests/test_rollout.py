@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -202,26 +201,6 @@ def test_an_unknown_error_is_not_answered_by_asking_elsewhere():
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-    import ray
-
-    home = tempfile.mkdtemp(prefix="er-")  # short: the names of Ray's sockets end at 107 characters
-    ray.init(
-        num_cpus=8,
-        resources={"sandbox": 64},
-        include_dashboard=False,
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        _temp_dir=home,
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -34,17 +34,6 @@ KEYS = [(f"task-{task}", sample) for task in range(3) for sample in range(4)]
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ["PYTHONPATH"] = str(ROOT)
-    import ray
-
-    context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
-    yield context.address_info["address"]
-    ray.shutdown()
-
-
-@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     from entropo_ray.train.initial import start
 

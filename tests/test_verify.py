@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 import torch
 
-from entropo_ray import chat, config, observe, store
+from entropo_ray import chat, config, store
 from entropo_ray.records import Example, Grade, Score, Stop, Task, Trajectory, Turn
 from entropo_ray.train import initial
 from entropo_ray.verify import app, examples, model
@@ -248,13 +248,6 @@ def port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def cluster(policy, tmp_path_factory):
-    run_dir = str(tmp_path_factory.mktemp("run"))
-    with observe.cluster(config.Run(model=str(policy), run_dir=run_dir, ray_cpus=2)):
-        yield
 
 
 def post(port, body):

@@ -1,0 +1,32 @@
+"""One Ray cluster for all tests that need one: a second in the same process would inherit the first one's actors."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Its address."""
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    import ray
+
+    home = tempfile.mkdtemp(prefix="er-")  # short: the names of Ray's sockets end at 107 characters
+    context = ray.init(
+        num_cpus=8,  # logical: stages of a pipeline each ask for their own
+        resources={"sandbox": 64},
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        _temp_dir=home,
+    )
+    yield context.address_info["address"]
+    ray.shutdown()
+    shutil.rmtree(home, ignore_errors=True)
