@@ -167,7 +167,7 @@ class Sft(Fit):
 
 @dataclass(frozen=True)
 class Verifier(Fit):
-    base: str = ""  # "": the run's model
+    base: str = ""  # "": the last policy of the run
     app: str = "verifier"  # name of the Serve application
     host: str = "127.0.0.1"
     port: int = 8000
