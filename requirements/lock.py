@@ -47,7 +47,9 @@ def main() -> None:
         subprocess.run([*pip, "install", "-q", torch], check=True)
         asked = [*project["dependencies"], *project["optional-dependencies"]["dev"], *wanted_by(wheel)]
         subprocess.run([*pip, "install", "-q", *asked], check=True)
-        frozen = subprocess.run([*pip, "freeze", "--all"], check=True, capture_output=True, text=True).stdout.split("\n")
+        frozen = subprocess.run([*pip, "freeze", "--all"], check=True, capture_output=True, text=True).stdout.split(
+            "\n"
+        )
     pins = [line for line in frozen if "==" in line and name(line) not in LEFT_OUT]
     lines = sorted([*pins, torch, VLLM], key=str.lower)
     (HERE / "cpu.txt").write_text(HEAD + "\n".join(lines) + "\n")
