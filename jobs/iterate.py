@@ -5,11 +5,10 @@
 Resume needs no flag: a stage whose product is whole is not run again.
 """
 
-from entropo_ray.rollout.sample import sample
-from entropo_ray.train.fit import fit
-
 from entropo_ray import config, observe, preference, report, store, tasks
 from entropo_ray.records import Label, Outcome, Pair, Policy
+from entropo_ray.rollout.sample import sample
+from entropo_ray.train.fit import fit
 
 
 def iterate(cfg: config.Run) -> Policy:
