@@ -161,7 +161,7 @@ class Sft(Fit):
     samples: int = 2  # teacher attempts per task
     error_rate: float = 0.45  # share of attempts in which the teacher errs on purpose
     keep: Literal["all", "finished", "resolved"] = "finished"
-    learn: Literal["actions", "all"] = "actions"  # all: predict what is read, too; for a model that starts from nothing
+    read_epochs: int = 0  # the first so many predict what is read, too: where a model begins that knows no language
     shape: Model = field(default_factory=Model)
 
 
@@ -316,6 +316,10 @@ def _check(cfg: Run) -> None:
             f"min_reply_tokens={agent.min_reply_tokens} and max_tokens={agent.max_tokens}",
         ),
         (0 <= cfg.sft.error_rate < 1, f"sft.error_rate={cfg.sft.error_rate}: must lie in [0, 1)"),
+        (
+            0 <= cfg.sft.read_epochs <= cfg.sft.epochs,
+            f"sft.read_epochs={cfg.sft.read_epochs}: must lie between 0 and sft.epochs={cfg.sft.epochs}",
+        ),
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
     ]
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):

@@ -31,13 +31,12 @@ def sft(cfg: config.Run) -> Policy:
             numbers |= start(texts(seed.trajectories), cfg.sft.shape, seed=cfg.seed, to=seed.base)
     if not store.done(seed.examples):
         with stage("retell") as numbers:
-            ask = cfg.sft
-            numbers |= retell(
-                seed.trajectories, base.path, cfg.rollout.agent, keep=ask.keep, learn=ask.learn, to=seed.examples
-            )
+            numbers |= retell(seed.trajectories, base.path, cfg.rollout.agent, keep=cfg.sft.keep, to=seed.examples)
     if not store.done(seed.policy):
         with stage("imitate") as numbers:
-            numbers |= imitate(base, seed.examples, cfg.sft, seed=cfg.seed, to=seed.policy)
+            numbers |= imitate(
+                base, seed.examples, cfg.sft, read_epochs=cfg.sft.read_epochs, seed=cfg.seed, to=seed.policy
+            )
     return store.policy(str(seed.policy))
 
 

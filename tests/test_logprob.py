@@ -28,7 +28,7 @@ def full(hidden, weight, target, bias, softcap):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_tiles_equal_full_logits_in_value_and_gradient(softcap, with_bias, monkeypatch):
-    monkeypatch.setattr(logprob, "_TILE_FLOATS", 1)  # the smallest tile, so that 300 rows are five tiles
+    monkeypatch.setitem(logprob._TILE_FLOATS, "cpu", 1)  # the smallest tile, so that 300 rows are five tiles
     hidden, weight, target, bias = problem(torch.float32)
     bias = bias if with_bias else None
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
@@ -54,7 +54,7 @@ def test_no_action_token_gives_empty_scores_with_gradient():
 
 
 def test_memory_of_the_head_does_not_grow_with_action_tokens(monkeypatch):
-    monkeypatch.setattr(logprob, "_TILE_FLOATS", 64 * 97)
+    monkeypatch.setitem(logprob._TILE_FLOATS, "cpu", 64 * 97)
     seen = []
     original = logprob._logits
     monkeypatch.setattr(logprob, "_logits", lambda hidden, *rest: seen.append(len(hidden)) or original(hidden, *rest))

@@ -71,9 +71,10 @@ Mistakes = Callable[[str, str, random.Random], Sequence[Repair]]  # the plausibl
 SEARCHES = 0.05  # share of episodes that begin with a search
 TESTS = 0.2  # share that run the visible tests after the edit
 CAREFUL = 0.5  # share of those that answer a failing test with another repair
+SLIPS = 0.05  # share whose first edit names text that is not there; the second is meant to be right
+USUAL = 3  # the usual form of a fix is so many times as likely as another of the same behaviour
 NEAR = 4  # a wrong fix is one of so many; the first are at the place of the fault
-# How an erring teacher errs, and how often.
-FLAWS = {"wrong": 0.65, "idle": 0.20, "malformed": 0.05, "mismatch": 0.05, "comment": 0.05}
+FLAWS = {"wrong": 0.8, "idle": 0.2}  # how an erring teacher errs, and how often
 
 _THOUGHTS = {
     "search": ("Find where it is defined.", "Let me search for it."),
@@ -97,6 +98,7 @@ class _Plan:
 
     flaw: str  # a key of FLAWS, or ""
     searches: bool
+    slips: bool
     tests: bool
     careful: bool
     dice: str  # seed of what is still to be drawn
@@ -105,8 +107,9 @@ class _Plan:
     def drawn(cls, dice: str, error_rate: float) -> _Plan:
         rng = random.Random(f"{dice}/plan")
         flaw = rng.choices(list(FLAWS), list(FLAWS.values()))[0]
-        errs, searches, tests, careful = (rng.random() < p for p in (error_rate, SEARCHES, TESTS, CAREFUL))
-        return cls(flaw if errs else "", searches, tests, careful, dice)
+        shares = (error_rate, SEARCHES, SLIPS, TESTS, CAREFUL)
+        errs, searches, slips, tests, careful = (rng.random() < share for share in shares)
+        return cls(flaw if errs else "", searches, slips, tests, careful, dice)
 
 
 @dataclass(slots=True)
@@ -121,7 +124,7 @@ class _Seen:
     edits: int = 0  # that stand
     tried: list[tuple[str, str]] = field(default_factory=list)  # (old, new) of successful edits
     undone: bool = False
-    blocked: bool = False  # something went wrong that the teacher does not try again
+    errors: int = 0  # calls that failed
     tested: bool = False
     failing: bool = False
 
@@ -138,7 +141,7 @@ class _Seen:
 
     def _note(self, action: Action | None, observation: str) -> None:
         if action is None or observation.startswith("ERROR:"):
-            self.blocked = True
+            self.errors += 1
         elif action.name == "search":
             self.listed = observation
         elif action.name == "execute_bash":
@@ -189,7 +192,7 @@ class Teacher:
 
     def _reply(self, seen: _Seen, plan: _Plan) -> str:
         rng = random.Random(f"{plan.dice}/{seen.turns}")
-        if seen.blocked:
+        if seen.errors > 1:  # a second try is enough
             return _say(rng, "finish", "finish")
         if seen.source is None:
             return self._explore(seen, plan, rng)
@@ -218,22 +221,19 @@ class Teacher:
 
     def _edit(self, seen: _Seen, plan: _Plan, rng: random.Random) -> str:
         path, source = seen.path or "", seen.source or ""
-        if plan.flaw == "comment":
-            name = _name_in(seen.issue) or "this"
-            note = f"# {name} is fixed"
-            return _say(rng, "edit", "file_editor", command="insert", path=path, insert_line=0, new_str=note)
         options = self._others(seen)
         if plan.flaw == "wrong" and not seen.undone:
             dice = random.Random(f"{plan.dice}/mistakes")
             options = list(self._mistakes(source, seen.issue, dice))[:NEAR]
         if not options:
             return _say(rng, "quit", "finish")
-        chosen = random.Random(f"{plan.dice}/repair").choice(options)
+        usual = options[0].kind not in handbook.OPEN and plan.flaw != "wrong"
+        weights = [USUAL if usual and option is options[0] else 1 for option in options]
+        chosen = random.Random(f"{plan.dice}/repair").choices(options, weights)[0]
         old, new = chosen.old, chosen.new
-        if plan.flaw == "mismatch":
+        if plan.slips and not seen.errors:
             old, new = new, old  # takes what should stand there for what does
-        reply = _say(rng, "edit", "file_editor", command="str_replace", path=path, old_str=old, new_str=new)
-        return reply.removesuffix("</function>") if plan.flaw == "malformed" else reply
+        return _say(rng, "edit", "file_editor", command="str_replace", path=path, old_str=old, new_str=new)
 
     def _others(self, seen: _Seen) -> list[Repair]:
         """Right repairs that were not tried yet."""

@@ -56,14 +56,10 @@ def teacher_voice(error_rate: float) -> tuple[Generate, chat.Chat]:
     return Teacher(words, error_rate), words
 
 
-def retell(
-    trajectories: Path, chat_path: Path, cfg: config.Agent, *, keep: str, to: Path, learn: str = "actions"
-) -> dict[str, float]:
+def retell(trajectories: Path, chat_path: Path, cfg: config.Agent, *, keep: str, to: Path) -> dict[str, float]:
     """The teacher's trajectories as Examples in the tokens of the model at `chat_path`; how many, and how long.
 
-    `keep`: all | finished | resolved. `learn`: actions, or all tokens but the first: copying is learnt from files and
-    observations too, in half the examples. One longer than cfg.max_tokens is left out and counted. ValueError if none
-    stays.
+    `keep`: all | finished | resolved. One longer than cfg.max_tokens is left out and counted. ValueError if none stays.
     """
     words = chat.load(chat_path)
     counts = {"examples": 0.0, "tokens": 0.0, "action_tokens": 0.0, "dropped": 0.0, "too_long": 0.0}
@@ -77,9 +73,6 @@ def retell(
             if len(example.token_ids) > cfg.max_tokens:
                 counts["too_long"] += 1
                 continue
-            if learn == "all":
-                everything = (False, *(True,) * (len(example.token_ids) - 1))
-                example = dataclasses.replace(example, action_mask=everything)
             counts["tokens"] += len(example.token_ids)
             counts["action_tokens"] += sum(example.action_mask)
             yield example

@@ -8,7 +8,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="count_above",
         topic="list",
-        words="f=count_above|count_over|num_above a=NUMBERS b=limit|bound|cutoff x=LOOP",
+        words="f=count_above|count_over|num_above a=NUMBERS b=limit|bound x=LOOP",
         code='''def $f($a, $b):
     """Count the $a above $b, those equal to it left out."""
     return sum(1 for $x in $a if $x > $b)''',
@@ -24,7 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="count_from",
         topic="list",
-        words="f=count_from|at_least_count|num_from a=NUMBERS b=limit|bound|cutoff x=LOOP",
+        words="f=count_from|at_least_count|num_from a=NUMBERS b=limit|bound x=LOOP",
         code='''def $f($a, $b):
     """Count the $a of $b or more."""
     return sum(1 for $x in $a if $x >= $b)''',
@@ -40,7 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="clamp",
         topic="number",
-        words="f=clamp|limit_to|bounded a=value|number|amount b=low|least|floor c=high|most|top",
+        words="f=clamp|limit_to|bounded a=value|number b=low|least c=high|most",
         code='''def $f($a, $b, $c):
     """Keep $a between $b and $c."""
     return max($b, min($a, $c))''',
@@ -76,7 +76,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="order_total",
         topic="list",
-        words="f=order_total|bill|cost_of a=orders|lines|items x=price|cost y=count|units",
+        words="f=order_total|bill|cost_of a=orders|lines x=price|cost y=count|units",
         code='''def $f($a):
     """Sum of $x times $y over the $a."""
     return sum($x * $y for $x, $y in $a)''',
@@ -93,7 +93,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="sum_to",
         topic="number",
-        words="f=sum_to|sum_up_to|add_up a=n|top|last",
+        words="f=sum_to|sum_up_to|add_up a=n|top",
         code='''def $f($a):
     """Sum of the numbers from 1 to $a, with $a itself."""
     return sum(range(1, $a + 1))''',
@@ -109,7 +109,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="product",
         topic="list",
-        words="f=product|multiply_all|times_all a=NUMBERS x=total|result|out y=LOOP",
+        words="f=product|multiply_all|times_all a=NUMBERS x=total|result y=LOOP",
         code='''def $f($a):
     """Product of the $a, 1 if there are none."""
     $x = 1
@@ -146,7 +146,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="multiples",
         topic="list",
-        words="f=multiples|divisible|keep_multiples a=NUMBERS x=LOOP k=3|5|7",
+        words="f=multiples|divisible|keep_multiples a=NUMBERS x=LOOP k=3|5",
         code='''def $f($a):
     """Keep the $a that $k divides."""
     return [$x for $x in $a if $x % $k == 0]''',
@@ -163,7 +163,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="first_n",
         topic="list",
-        words="f=first_n|take|head a=ITEMS b=n|count|size",
+        words="f=first_n|take|head a=ITEMS b=n|count",
         code='''def $f($a, $b):
     """The first $b of the $a."""
     return $a[:$b]''',
@@ -180,7 +180,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="last_n",
         topic="list",
-        words="f=last_n|tail|final a=ITEMS b=n|count|size",
+        words="f=last_n|tail|final a=ITEMS b=n|count",
         code='''def $f($a, $b):
     """The last $b of the $a; $b is 1 or more."""
     return $a[-$b:]''',
@@ -248,7 +248,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="distance",
         topic="number",
-        words="f=distance|apart|difference a=left|start|first b=right|end|other",
+        words="f=distance|apart|difference a=left|start b=right|end",
         code='''def $f($a, $b):
     """How far $a is from $b, never negative."""
     return abs($a - $b)''',
@@ -265,7 +265,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="same_text",
         topic="text",
-        words="f=same_text|equal_text|matches a=left|first|one b=right|second|other",
+        words="f=same_text|equal_text|matches a=left|first b=right|second",
         code='''def $f($a, $b):
     """True if $a and $b match, whatever their case."""
     return $a.lower() == $b.lower()''',
@@ -303,7 +303,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="initials",
         topic="text",
-        words="f=initials|short_name|letters_of a=TEXT x=word|part|piece",
+        words="f=initials|short_name|letters_of a=TEXT x=word|part",
         code='''def $f($a):
     """First letters of the words of $a, in upper case."""
     return "".join($x[0].upper() for $x in $a.split())''',
@@ -320,7 +320,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="palindrome",
         topic="text",
-        words="f=palindrome|is_mirror|reads_back a=TEXT x=small|plain|low",
+        words="f=palindrome|is_mirror|reads_back a=TEXT x=small|plain",
         code='''def $f($a):
     """True if $a reads the same backwards, whatever its case."""
     $x = $a.lower()
@@ -355,7 +355,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="vowels",
         topic="text",
-        words="f=vowels|count_vowels|num_vowels a=TEXT x=letter|char|sign",
+        words="f=vowels|count_vowels|num_vowels a=TEXT x=letter|char",
         code='''def $f($a):
     """Number of vowels in $a, large or small."""
     return sum(1 for $x in $a.lower() if $x in "aeiou")''',
@@ -372,7 +372,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="add_percent",
         topic="number",
-        words="f=with_tax|add_tax|gross a=price|net|amount k=5|10|20 j=6|8|15",
+        words="f=with_tax|add_tax|gross a=price|net k=5|10 j=6|8",
         code='''def $f($a):
     """The $a with $k percent added."""
     return $a + $a * $k / 100''',
@@ -389,7 +389,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="discount",
         topic="number",
-        words="f=discounted|reduced|sale_price a=price|cost|amount b=percent|rate|cut",
+        words="f=discounted|reduced|sale_price a=price|cost b=percent|rate",
         code='''def $f($a, $b):
     """The $a less $b percent."""
     return $a - $a * $b / 100''',
@@ -423,7 +423,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="fahrenheit",
         topic="number",
-        words="f=fahrenheit|to_fahrenheit|heat a=degrees|celsius|temp",
+        words="f=fahrenheit|to_fahrenheit|heat a=degrees|celsius",
         code='''def $f($a):
     """Fahrenheit for $a in Celsius."""
     return $a * 9 / 5 + 32''',
@@ -440,7 +440,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="pages",
         topic="number",
-        words="f=pages|page_count|num_pages a=total|entries|count b=per_page|size|each",
+        words="f=pages|page_count|num_pages a=total|entries b=per_page|size",
         code='''def $f($a, $b):
     """Pages for $a with $b on each; a part of a page counts."""
     return ($a + $b - 1) // $b''',
@@ -457,7 +457,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="full_boxes",
         topic="number",
-        words="f=full_boxes|whole_packs|full_rows a=total|pieces|stock b=size|each|per_box",
+        words="f=full_boxes|whole_packs|full_rows a=total|pieces b=size|each",
         code='''def $f($a, $b):
     """Full boxes of $b that $a will fill."""
     return $a // $b''',
@@ -474,7 +474,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="position",
         topic="list",
-        words="f=position|index_of|where a=ITEMS b=wanted|target|key",
+        words="f=position|index_of|where a=ITEMS b=wanted|target",
         code='''def $f($a, $b):
     """Index of $b in the $a, -1 if it is not there."""
     if $b not in $a:
@@ -512,7 +512,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="lookup",
         topic="table",
-        words="f=lookup|value_of|read_value a=TABLE b=key|field|entry k=0|1|5 j=2|7|9",
+        words="f=lookup|value_of|read_value a=TABLE b=key|field k=0|1 j=2|7",
         code='''def $f($a, $b):
     """Value of $b in $a, $k if it is missing."""
     return $a.get($b, $k)''',
@@ -529,7 +529,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="tally",
         topic="table",
-        words="f=tally|frequencies|histogram a=ITEMS x=counts|found|seen y=LOOP",
+        words="f=tally|frequencies|histogram a=ITEMS x=counts|found y=LOOP",
         code='''def $f($a):
     """How often each of the $a occurs."""
     $x = {}
@@ -566,7 +566,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="top_n",
         topic="list",
-        words="f=top_n|best|highest a=NUMBERS b=n|count|size",
+        words="f=top_n|best|highest a=NUMBERS b=n|count",
         code='''def $f($a, $b):
     """The $b largest of the $a, the largest first."""
     return sorted($a, reverse=True)[:$b]''',
@@ -583,7 +583,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="unique",
         topic="list",
-        words="f=unique|distinct|no_repeats a=ITEMS x=kept|out|seen y=LOOP",
+        words="f=unique|distinct|no_repeats a=ITEMS x=kept|out y=LOOP",
         code='''def $f($a):
     """The $a without repeats, in the order of first sight."""
     $x = []
@@ -604,7 +604,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="flatten",
         topic="list",
-        words="f=flatten|join_lists|all_items a=groups|lists|blocks x=group|block|lot y=OTHER",
+        words="f=flatten|join_lists|all_items a=groups|lists x=group|block y=OTHER",
         code='''def $f($a):
     """All entries of the $a in one list, in order."""
     return [$y for $x in $a for $y in $x]''',
@@ -621,7 +621,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="joined",
         topic="text",
-        words="f=joined|as_line|to_row a=WORDS w=-|,|/|: v=;|_|+",
+        words="f=joined|as_line|to_row a=WORDS w=-|, v=;|_",
         code='''def $f($a):
     """The $a in one text, with "$w" between."""
     return "$w".join($a)''',
@@ -638,7 +638,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="padded",
         topic="text",
-        words="f=padded|with_zeros|code_text a=number|code|ident k=3|4|5 j=2|6|7",
+        words="f=padded|with_zeros|code_text a=number|code k=3|4 j=2|6",
         code='''def $f($a):
     """The $a as text of $k digits, with zeros in front."""
     return str($a).zfill($k)''',
@@ -655,7 +655,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="passed",
         topic="number",
-        words="f=passed|is_enough|accepted a=score|points|mark k=50|60|40 j=55|70|45",
+        words="f=passed|is_enough|accepted a=score|points k=50|60 j=55|70",
         code='''def $f($a):
     """True if $a is $k or more."""
     return $a >= $k''',
@@ -672,7 +672,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="within",
         topic="number",
-        words="f=within|in_range|is_inside a=value|number|point b=low|start|left c=high|end|right",
+        words="f=within|in_range|is_inside a=value|number b=low|start c=high|end",
         code='''def $f($a, $b, $c):
     """True if $a is from $b to $c, both ends count."""
     return $b <= $a <= $c''',
@@ -689,7 +689,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="leap",
         topic="number",
-        words="f=leap|is_leap|has_leap_day a=year|yr|date_year|y",
+        words="f=leap|is_leap|has_leap_day a=year|yr",
         code='''def $f($a):
     """True if $a is a leap year."""
     return $a % 4 == 0 and ($a % 100 != 0 or $a % 400 == 0)''',
@@ -745,7 +745,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="field",
         topic="table",
-        words="f=field|column|pick_field a=ITEMS x=LOOP w=name|price|size v=id|kind|code",
+        words="f=field|column|pick_field a=ITEMS x=LOOP w=name|price v=id|kind",
         code='''def $f($a):
     """The "$w" of each of the $a."""
     return [$x["$w"] for $x in $a]''',
@@ -765,7 +765,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="merged",
         topic="table",
-        words="f=merged|combine|overlay a=base|old|first b=extra|new|second",
+        words="f=merged|combine|overlay a=base|old b=extra|new",
         code='''def $f($a, $b):
     """All of $a and $b; where both have a key, $b wins."""
     return {**$a, **$b}''',
@@ -819,7 +819,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="countdown",
         topic="number",
-        words="f=countdown|count_down|backwards_from a=start|top|n",
+        words="f=countdown|count_down|backwards_from a=start|top",
         code='''def $f($a):
     """The numbers from $a down to 1."""
     return list(range($a, 0, -1))''',
@@ -839,7 +839,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="percent_of",
         topic="number",
-        words="f=percent|share_of|ratio a=part|done|used b=whole|total|all_of",
+        words="f=percent|share_of|ratio a=part|done b=whole|total",
         code='''def $f($a, $b):
     """Percent that $a is of $b, 0 if $b is 0."""
     if $b == 0:
@@ -876,7 +876,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="squares",
         topic="number",
-        words="f=squares|square_list|all_squares a=n|count|size x=i|v|item",
+        words="f=squares|square_list|all_squares a=n|count x=i|v",
         code='''def $f($a):
     """The squares of 0 to $a - 1, so $a of them."""
     return [$x * $x for $x in range($a)]''',
@@ -893,7 +893,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="ends_well",
         topic="text",
-        words="f=is_file|has_ending|right_type a=TEXT w=.txt|.csv|.log v=.md|.py|.js",
+        words="f=is_file|has_ending|right_type a=TEXT w=.txt|.csv v=.md|.py",
         code='''def $f($a):
     """True if $a ends in "$w", whatever its case."""
     return $a.lower().endswith("$w")''',
@@ -1298,7 +1298,7 @@ RIDDLES: tuple[Riddle, ...] = (
     Riddle(
         name="whole",
         topic="number",
-        words="f=per_box|per_team|per_day a=total|amount|pieces b=boxes|teams|parts",
+        words="f=per_box|per_team|per_day a=total|amount b=boxes|teams",
         code='''def $f($a, $b):
     """Share of $a for each of the $b."""
     return $a / $b''',
@@ -1342,7 +1342,7 @@ RIDDLES: tuple[Riddle, ...] = (
     Riddle(
         name="ends",
         topic="number",
-        words="f=in_window|is_open|on_shift a=hour|day|time b=start|begin|opens c=end|stop|closes",
+        words="f=in_window|is_open|on_shift a=hour|day b=start|begin c=end|stop",
         code='''def $f($a, $b, $c):
     """True if $a is between $b and $c."""
     return $a > $b - 1''',
@@ -1362,7 +1362,7 @@ RIDDLES: tuple[Riddle, ...] = (
     Riddle(
         name="missing",
         topic="table",
-        words="f=price_of|stock_of|size_of a=TABLE b=name|item|article",
+        words="f=price_of|stock_of|size_of a=TABLE b=name|item",
         code='''def $f($a, $b):
     """Entry for $b in the $a."""
     return $a[$b]''',
@@ -1383,7 +1383,7 @@ RIDDLES: tuple[Riddle, ...] = (
     Riddle(
         name="letters",
         topic="text",
-        words="f=label|caption|heading|legend|banner a=name|word|title|text|entry",
+        words="f=label|caption|heading|legend|banner a=name|word",
         code='''def $f($a):
     """The $a as it is shown."""
     return $a''',
@@ -1403,7 +1403,7 @@ RIDDLES: tuple[Riddle, ...] = (
     Riddle(
         name="shorten",
         topic="text",
-        words="f=shorten|preview|teaser|abstract a=TEXT k=5|6|8",
+        words="f=shorten|preview|teaser|abstract a=TEXT k=5|6",
         code='''def $f($a):
     """The $a for a column of $k letters."""
     return $a''',

@@ -20,14 +20,14 @@ _NAME = r"[A-Za-z_]\w*"
 
 # Where several families want the same kind of name; each family is then told apart by its own lines alone.
 _POOLS = {
-    "NUMBERS": "values|numbers|scores|amounts",
-    "ITEMS": "items|rows|parts|things",
-    "WORDS": "words|names|tags|labels",
-    "TEXT": "text|line|title|phrase",
-    "TABLE": "table|data|stock|record",
-    "LOOP": "x|v|item",
-    "OTHER": "y|n|entry",
-    "THIRD": "z|m|step",
+    "NUMBERS": "numbers|scores",
+    "ITEMS": "items|rows",
+    "WORDS": "words|names",
+    "TEXT": "text|line",
+    "TABLE": "table|data",
+    "LOOP": "x|v",
+    "OTHER": "y|n",
+    "THIRD": "z|m",
 }
 
 
@@ -40,7 +40,7 @@ class Family:
     words: str  # hole=choice|choice ..., see `draw`
     code: str
     same: tuple[str, ...] = ()  # accepted rewritings
-    bugs: tuple[str, ...]  # wrong ones, `kind: old => new`
+    bugs: tuple[str, ...]  # wrong ones, `kind: old => new`; each is met twice as often as the next
     cases: str  # Python list of argument tuples, over the holes k m j u v w
     says: tuple[str, ...]  # what somebody says who sees it misbehave, whatever the bug
 

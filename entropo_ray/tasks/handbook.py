@@ -15,6 +15,8 @@ from entropo_ray.tasks.families import FAMILIES, PAIRS, RIDDLES
 from entropo_ray.tasks.forms import Family, Pair, Riddle, Words, changed, draw, edit, fill, functions, match, split_kind
 from entropo_ray.tasks.problems import mistaken
 
+OPEN = ("ambiguous", "riddle")  # kinds of repair where the text leaves several, of which one is wanted
+
 _NUMBERED = re.compile(r"^ *\d+\t", re.MULTILINE)
 
 
@@ -22,7 +24,7 @@ _NUMBERED = re.compile(r"^ *\d+\t", re.MULTILINE)
 class Repair:
     old: str  # whole lines, unique in the file
     new: str
-    kind: str  # of the bug; "ambiguous" or "riddle" where the text leaves several repairs
+    kind: str  # of the bug, or one of OPEN
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def _modules(package: str, problem: Problem, cases: Cases, rng: random.Random) -
     number = rng.choices((1, 2, 3, 4, 5), (5, 5, 3, 2, 1))[0]
     modules: list[Module] = []
     for topic, name in (first, *rng.sample(others, number)):
-        size = rng.choice((2, 3) if modules else (0, 1) if len(problem.right) > 1 else (1, 1, 2))
+        size = rng.choice((2, 3) if modules else (0,) if len(problem.right) > 1 else (0, 0, 1))
         # a right function of the family at fault would show the answer
         families = [f for f in FAMILIES if f.topic == topic and f.name != problem.family]
         before, after, tests = _neighbours(families, size, taken, rng)

@@ -20,6 +20,10 @@ class Row:
     token_ids: np.ndarray  # [L] int32
     action_mask: np.ndarray  # [L] bool
 
+    def read(self) -> Row:
+        """The row as if all but its first token were actions."""
+        return replace(self, action_mask=np.arange(len(self.token_ids)) > 0)
+
 
 @dataclass(frozen=True)
 class Pack:

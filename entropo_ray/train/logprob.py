@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from entropo_ray.train import attention
 from entropo_ray.train.batch import Pack
 
-_TILE_FLOATS = 1 << 26  # 256 MiB of fp32 logits
+# fp32 logits held at once: 256 MiB keep a GPU busy; 1 MiB stays in the cache of a CPU core
+_TILE_FLOATS = {"cuda": 1 << 26, "cpu": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,16 @@ class _Score(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logp = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         entropy, total = torch.empty_like(logp), torch.empty_like(logp)
-        for rows in _tiles(len(target), weight.shape[0]):
+        for rows in _tiles(len(target), weight):
             logits = _logits(hidden[rows], weight, bias, softcap)
-            total[rows] = torch.logsumexp(logits, dim=-1)
-            logp[rows] = logits.gather(1, target[rows, None]).squeeze(1) - total[rows]
-            log_p = logits - total[rows, None]
-            entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+            top = logits.amax(dim=-1, keepdim=True)
+            logits -= top  # p is wanted only up to its sum: one exponential gives both results
+            rise = logits.exp()
+            weight_of_all = rise.sum(dim=-1)
+            rest = weight_of_all.log()
+            total[rows] = top.squeeze(1) + rest
+            logp[rows] = logits.gather(1, target[rows, None]).squeeze(1) - rest
+            entropy[rows] = rest - torch.linalg.vecdot(rise, logits) / weight_of_all
         # The parameter itself is saved, never a cast copy: ZeRO-3 refills its storage before backward.
         ctx.save_for_backward(hidden, weight, target, bias, total, entropy)
         ctx.softcap = softcap
@@ -53,16 +58,19 @@ class _Score(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows in _tiles(len(target), weight.shape[0]):
+        through_entropy = bool(d_entropy.any())
+        for rows in _tiles(len(target), weight):
             logits = _logits(hidden[rows], weight, bias, ctx.softcap)
-            log_p = logits - total[rows, None]
-            p = log_p.exp()
-            slope = p * -d_logp[rows, None]
+            bend = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            log_p = logits.sub_(total[rows, None])
+            if through_entropy:
+                p = log_p.exp()
+                slope = -p * (d_logp[rows, None] + d_entropy[rows, None] * (log_p + entropy[rows, None]))
+            else:
+                slope = log_p.exp_().mul_(-d_logp[rows, None])
             slope.scatter_add_(1, target[rows, None], d_logp[rows, None])
-            if bool(d_entropy.any()):
-                slope -= d_entropy[rows, None] * p * (log_p + entropy[rows, None])
-            if ctx.softcap is not None:
-                slope *= 1 - (logits / ctx.softcap) ** 2
+            if bend is not None:
+                slope *= bend
             if d_bias is not None:
                 d_bias += slope.sum(0)
             slope = slope.to(weight.dtype)
@@ -71,8 +79,8 @@ class _Score(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None if d_bias is None else d_bias.to(bias.dtype), None
 
 
-def _tiles(rows: int, vocab: int) -> list[slice]:
-    size = max(64, _TILE_FLOATS // vocab)
+def _tiles(rows: int, weight: Tensor) -> list[slice]:
+    size = max(64, _TILE_FLOATS.get(weight.device.type, 1 << 26) // weight.shape[0])
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -46,6 +46,7 @@ class Job:
     reference: Path | None = None
     length: Mapping[str, float] | None = None  # keyword arguments of objective.reward
     baseline: float = 0.0  # z0 before the first step
+    read_epochs: int = 0  # of examples: epochs at the start that fit all tokens, not only the actions
 
 
 @dataclass(frozen=True)

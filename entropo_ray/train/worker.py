@@ -48,6 +48,7 @@ class Fitting:
         torch.manual_seed(job.seed)
         self.model = load(job.policy, self.cfg)
         self.steps = self._plan()
+        self.reading = len(self.steps) * job.read_epochs // self.cfg.epochs  # steps; all epochs have as many
         self.rows, self.reference = self._read()
         self.engine = _engine(Scorer(self.model).train(), self.cfg)
         self.baseline = job.baseline
@@ -105,10 +106,11 @@ class Fitting:
         lr = rate(number, len(self.steps), self.cfg)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        share = self._share(step)
+        share = self._share(step, number < self.reading)
         mine: dict[str, float] = {}
         for micro in step:
-            for name, value in self._micro_step(micro[self.rank], len(step) * self.ranks / share).items():
+            found = self._micro_step(micro[self.rank], len(step) * self.ranks / share, number < self.reading)
+            for name, value in found.items():
                 mine[name] = mine.get(name, 0.0) + value
         line = self._means(mine, share)
         line |= {"step": number, "lr": lr, "peak_gib": _peak_gib(), "pid": os.getpid()} | self._grad_norm(number)
@@ -117,13 +119,15 @@ class Fitting:
             self.baseline = _Z0_DECAY * self.baseline + (1 - _Z0_DECAY) * line["reward"]
         return line
 
-    def _share(self, step: Step) -> float:
-        """What the summed loss of a step is divided by: its action tokens when imitating, its units else."""
+    def _share(self, step: Step, reading: bool) -> float:
+        """What the summed loss of a step is divided by: the tokens it fits when imitating, its units else."""
         units = [self.job.units[slot.unit] for micro in step for slots in micro for slot in slots if slot.weight]
+        if reading:
+            return float(sum(unit.tokens - len(unit.keys) for unit in units))  # nothing predicts a first token
         return float(sum(unit.actions for unit in units) if self.job.kind == "example" else len(units))
 
-    def _micro_step(self, slots: tuple[Slot, ...], scale: float) -> dict[str, float]:
-        batch = self._forward(slots)
+    def _micro_step(self, slots: tuple[Slot, ...], scale: float, reading: bool) -> dict[str, float]:
+        batch = self._forward(slots, reading)
         loss = LOSSES[self.job.kind](batch, self.job, self.baseline)
         if not bool(torch.isfinite(loss.values).all()):
             raise FloatingPointError(f"the loss is {loss.values.tolist()} for {[unit.keys for unit in batch.units]}")
@@ -132,10 +136,11 @@ class Fitting:
         self.engine.step()
         return totals(batch, loss)
 
-    def _forward(self, slots: tuple[Slot, ...]) -> Batch:
+    def _forward(self, slots: tuple[Slot, ...], reading: bool) -> Batch:
         units = tuple(self.job.units[slot.unit] for slot in slots)
         keys = dict.fromkeys(key for unit in units for key in unit.keys)
-        packed = pack([self.rows[key] for key in keys]).to(self.engine.device)
+        read = [self.rows[key].read() if reading else self.rows[key] for key in keys]
+        packed = pack(read).to(self.engine.device)
         return batch_of(packed, self.engine(packed), units, [slot.weight for slot in slots], self.reference)
 
     def _means(self, mine: dict[str, float], share: float) -> dict[str, float]:
