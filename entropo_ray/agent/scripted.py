@@ -74,7 +74,10 @@ CAREFUL = 0.5  # share of those that answer a failing test with another repair
 SLIPS = 0.05  # share whose first edit names text that is not there; the second is meant to be right
 USUAL = 3  # the usual form of a fix is so many times as likely as another of the same behaviour
 NEAR = 4  # a wrong fix is one of so many; the first are at the place of the fault
-FLAWS = {"wrong": 0.8, "idle": 0.2}  # how an erring teacher errs, and how often
+# How an erring teacher errs, and how often: gives up, changes nothing that matters, or takes a plausible wrong fix. Most
+# are habits that do not depend on the task, so that what the preferences of one task teach holds for others.
+FLAWS = {"idle": 0.5, "cosmetic": 0.3, "wrong": 0.2}
+NOTE = "# checked"  # all that a cosmetic change adds
 
 _THOUGHTS = {
     "search": ("Find where it is defined.", "Let me search for it."),
@@ -85,6 +88,7 @@ _THOUGHTS = {
         "The code here is wrong; fix it.",
         "Change what causes this.",
     ),
+    "note": ("A note will do.", "Mark the file as checked."),
     "test": ("Run the tests to check the change.", "Let me see what the tests say."),
     "undo": ("The tests fail, so undo the edit.", "That broke a test; take it back."),
     "finish": ("The fix is in place, so finish.", "That should resolve the issue; finish.", "Done, finish now."),
@@ -221,6 +225,8 @@ class Teacher:
 
     def _edit(self, seen: _Seen, plan: _Plan, rng: random.Random) -> str:
         path, source = seen.path or "", seen.source or ""
+        if plan.flaw == "cosmetic":
+            return _say(rng, "note", "file_editor", command="insert", path=path, insert_line=0, new_str=NOTE)
         options = self._others(seen)
         if plan.flaw == "wrong" and not seen.undone:
             dice = random.Random(f"{plan.dice}/mistakes")

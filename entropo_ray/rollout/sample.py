@@ -88,13 +88,17 @@ def seed_of(run_seed: int, role: str, round: int, task_id: str, sample: int) -> 
 
 
 def drawn(suite: Sequence[Task], count: int | None, *, seed: int, round: int) -> list[Task]:
-    """The tasks of one round: all, or `count` of them by (seed, round). ValueError on an empty suite."""
+    """The tasks of one round: all, or `count` of them by (seed, round), every task once before any twice.
+
+    ValueError on an empty suite.
+    """
     if not suite:
         raise ValueError("the suite has no task: tasks.path, tasks.split and tasks.limit leave none")
     tasks = sorted(suite, key=lambda task: task.id)
     if count is None or count >= len(tasks):
         return tasks
-    return random.Random(f"{seed}/{round}").sample(tasks, count)
+    order = random.Random(seed).sample(tasks, len(tasks))
+    return [order[(round * count + i) % len(order)] for i in range(count)]
 
 
 def requests(

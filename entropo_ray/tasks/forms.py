@@ -40,7 +40,7 @@ class Family:
     words: str  # hole=choice|choice ..., see `draw`
     code: str
     same: tuple[str, ...] = ()  # accepted rewritings
-    bugs: tuple[str, ...]  # wrong ones, `kind: old => new`; each is met twice as often as the next
+    bugs: tuple[str, ...]  # wrong ones, `kind: old => new`; each is met four times as often as the next
     cases: str  # Python list of argument tuples, over the holes k m j u v w
     says: tuple[str, ...]  # what somebody says who sees it misbehave, whatever the bug
 

@@ -71,7 +71,7 @@ def _plain(family: Family, rng: random.Random, fate: random.Random) -> Problem:
     wrong = [(fill(changed(family.code, split_kind(bug)[1]), words),) for bug in family.bugs]
     calls = _calls("f", family.cases, words)
     shown = [w for w in wrong if _shows(w, right, calls)]
-    broken = rng.choices(shown, [0.5**rank for rank in range(len(shown))])[0]
+    broken = rng.choices(shown, [0.25**rank for rank in range(len(shown))])[0]
     return Problem(
         family=family.name,
         topic=family.topic,
