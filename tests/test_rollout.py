@@ -80,6 +80,13 @@ def test_every_task_gets_its_first_attempt_before_any_gets_its_second():
     assert asked[4].seed == stage.seed_of(7, "fix", 1, asked[4].task.id, 1)
 
 
+def test_no_task_is_drawn_twice_before_all_were():
+    suite = [task(f"t{i}") for i in range(40)]
+    rounds = [stage.drawn(suite, 15, seed=3, round=t) for t in range(8)]
+    assert all(len({t.id for t in chosen}) == 15 for chosen in rounds)
+    assert set(Counter(t.id for chosen in rounds for t in chosen).values()) == {3}
+
+
 def test_the_tasks_of_a_round_depend_on_seed_and_round_alone():
     suite = [task(f"t{i}") for i in range(40)]
     chosen = stage.drawn(suite, 10, seed=0, round=0)

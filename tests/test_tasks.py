@@ -256,7 +256,7 @@ def test_the_handbook_offers_every_reading_and_one_is_right(made):
             assert all(visible for _, visible in offers)  # nothing visible decides
 
 
-def test_mistakes_never_resolve_and_mostly_break_a_visible_test(made):
+def test_mistakes_never_resolve_and_about_half_break_a_visible_test(made):
     _, mined = made
     judged = []
     for m in mined:
@@ -265,7 +265,7 @@ def test_mistakes_never_resolve_and_mostly_break_a_visible_test(made):
         assert len(wrong) >= 2
         judged += [_judge(m, _applied(source, repair)) for repair in wrong]
     assert not any(resolved for resolved, _ in judged)
-    assert sum(not visible for _, visible in judged) > 0.6 * len(judged)
+    assert sum(not visible for _, visible in judged) > 0.4 * len(judged)
 
 
 def test_a_mended_file_needs_no_repair(made):
