@@ -72,11 +72,11 @@ SEARCHES = 0.05  # share of episodes that begin with a search
 TESTS = 0.2  # share that run the visible tests after the edit
 CAREFUL = 0.5  # share of those that answer a failing test with another repair
 SLIPS = 0.05  # share whose first edit names text that is not there; the second is meant to be right
-USUAL = 3  # the usual form of a fix is so many times as likely as another of the same behaviour
+USUAL = 6  # the usual form of a fix is so many times as likely as another of the same behaviour
 NEAR = 4  # a wrong fix is one of so many; the first are at the place of the fault
 # How an erring teacher errs, and how often: gives up, changes nothing that matters, or takes a plausible wrong fix.
 # Most are habits that do not depend on the task, so that what the preferences of one task teach holds for others.
-FLAWS = {"idle": 0.5, "cosmetic": 0.3, "wrong": 0.2}
+FLAWS = {"idle": 0.55, "cosmetic": 0.35, "wrong": 0.1}
 NOTE = "# checked"  # all that a cosmetic change adds
 
 _THOUGHTS = {
