@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from entropo_ray.train import attention
 from entropo_ray.train.batch import Pack
 
-# fp32 logits held at once: 256 MiB keep a GPU busy; 1 MiB stays in the cache of a CPU core
+# fp32 logits held at once, by kind of device: 256 MiB keep a GPU busy, 4 MiB stay near a CPU core
 _TILE_FLOATS = {"cuda": 1 << 26, "cpu": 1 << 20}
 
 
@@ -41,11 +41,11 @@ class _Score(torch.autograd.Function):
             top = logits.amax(dim=-1, keepdim=True)
             logits -= top  # p is wanted only up to its sum: one exponential gives both results
             rise = logits.exp()
-            weight_of_all = rise.sum(dim=-1)
-            rest = weight_of_all.log()
+            mass = rise.sum(dim=-1)
+            rest = mass.log()
             total[rows] = top.squeeze(1) + rest
             logp[rows] = logits.gather(1, target[rows, None]).squeeze(1) - rest
-            entropy[rows] = rest - torch.linalg.vecdot(rise, logits) / weight_of_all
+            entropy[rows] = rest - torch.linalg.vecdot(rise, logits) / mass
         # The parameter itself is saved, never a cast copy: ZeRO-3 refills its storage before backward.
         ctx.save_for_backward(hidden, weight, target, bias, total, entropy)
         ctx.softcap = softcap
@@ -80,7 +80,7 @@ class _Score(torch.autograd.Function):
 
 
 def _tiles(rows: int, weight: Tensor) -> list[slice]:
-    size = max(64, _TILE_FLOATS.get(weight.device.type, 1 << 26) // weight.shape[0])
+    size = max(64, _TILE_FLOATS[weight.device.type] // weight.shape[0])
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
