@@ -31,7 +31,9 @@ Kind = Family | Pair | Riddle
 _ADJECTIVES = (
     "amber blue bold brave bright brisk calm clear cool crisp deep fair fast firm fresh gentle glad golden grand green "
     "happy keen kind light lucky mild neat noble plain proud quick quiet rapid red rich sharp silver small soft solid "
-    "steady still strong sunny swift tall tidy warm white wise young"
+    "steady still strong sunny swift tall tidy warm white wise young agile airy ample austere breezy busy candid careful "
+    "cheery civil clever daring dear dense early easy eager exact fancy fine frank frosty fuzzy giant grey handy humble "
+    "jolly loyal lunar merry modest mossy nimble polar royal rustic"
 )
 _NOUNS = (
     "anchor barn basket beacon bridge cabin canal castle cedar cellar clock comet corner desk dock engine field forest "
@@ -104,6 +106,7 @@ def generate(
 ) -> list[Mined]:
     """`count` training, `held_out` test and `practice` tasks; their repositories are written below `to`/repos.
 
+    Practice tasks are files in an empty repository, without a commit: nobody reads a patch of them.
     The same arguments give the same bytes (indexes of git apart). `ambiguous` and `hidden` are shares of each split.
     Raises ValueError when more tasks are asked for than there are words to make them of.
     """
@@ -117,7 +120,7 @@ def generate(
         kinds = _kinds(size, ambiguous=ambiguous, hidden=hidden, rng=random.Random(f"{seed}/{split}/kinds"))
         for name, family in zip(names[split], kinds, strict=False):
             mined.append(_task(name, split, family, seed=seed, drawn=drawn, to=to))
-    _commit(Path(m.task.image) for m in mined)
+    _repositories(mined)
     return mined
 
 
@@ -310,22 +313,24 @@ def diff(path: str, before: str, after: str) -> str:
     return f"diff --git a/{path} b/{path}\n" + "".join(lines)
 
 
-def _commit(homes: Iterable[Path]) -> None:
-    """Make each directory a git repository with one commit, the same for the same files.
+def _repositories(mined: Iterable[Mined]) -> None:
+    """Make each task's directory a git repository with one commit, the same for the same files.
 
     RuntimeError with git's own words if it fails.
     """
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(_GITS) as pool:
         _git(Path(scratch), "init", "--initial-branch=main", "--template=")
-        list(pool.map(partial(_commit_one, Path(scratch, ".git")), homes))
+        list(pool.map(partial(_repository, Path(scratch, ".git")), mined))
 
 
-def _commit_one(empty: Path, home: Path) -> None:
-    """Commit all of a directory to a copy of an empty repository, which is quicker than to start a new one."""
+def _repository(empty: Path, m: Mined) -> None:
+    """A copy of an empty repository, which is quicker than to start a new one, and one commit of all files."""
+    home = Path(m.task.image)
     shutil.rmtree(home / ".git", ignore_errors=True)
     shutil.copytree(empty, home / ".git")
-    _git(home, "add", "--all")
-    _git(home, "commit", "--no-verify", "--message", "Start")
+    if m.task.split != PRACTICE:  # nobody reads a patch there, and two processes a task are half of a pack's time
+        _git(home, "add", "--all")
+        _git(home, "commit", "--no-verify", "--message", "Start")
 
 
 def _git(home: Path, *words: str) -> None:

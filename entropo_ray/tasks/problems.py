@@ -196,12 +196,21 @@ def part(problem: Problem, rng: random.Random) -> Cases:
 def neighbour(family: Family, rng: random.Random) -> tuple[str, str, tuple[Case, ...]]:
     """A right function of a family: its name, its text, and visible tests that break as many bugs as possible."""
     words = draw(family.words, rng)
-    right = fill(family.code, words)
-    calls = _calls("f", family.cases, words)
-    wants = outcomes((right,), calls)
-    rivals = [outcomes((fill(changed(family.code, split_kind(bug)[1]), words),), calls) for bug in family.bugs]
+    right, calls, wants, rivals = _known(family, tuple(words.items()))
     chosen = cover(_shuffled(calls, rng), wants, rivals, start=[], at_least=2)
     return words["f"], right, tuple(Case(call=calls[i], want=wants[i][1]) for i in chosen)
+
+
+@functools.cache  # a family has a few dozen sets of words, and is a neighbour many times
+def _known(
+    family: Family, words: tuple[tuple[str, str], ...]
+) -> tuple[str, tuple[Call, ...], list[Outcome], list[list[Outcome]]]:
+    """(text, calls, what they do, what they do under each bug) of the right function with these words."""
+    names = dict(words)
+    right = fill(family.code, names)
+    calls = _calls("f", family.cases, names)
+    wrong = [fill(changed(family.code, split_kind(bug)[1]), names) for bug in family.bugs]
+    return right, calls, outcomes((right,), calls), [outcomes((text,), calls) for text in wrong]
 
 
 def outcomes(program: Program, calls: Sequence[Call]) -> list[Outcome]:
