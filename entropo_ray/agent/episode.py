@@ -65,15 +65,18 @@ async def run_episode(
     *,
     temperature: float,
     kind: str = "model",
+    patched: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Trajectory:
     """Play one episode in a sandbox that was just opened, and read its patch.
 
+    `patched=False`: the patch is not read, and is empty; for attempts that nobody grades.
     Never raises for what the policy, the engine or the sandbox does: a lost engine or sandbox is a Stop with a reason.
     `cancelled` is asked before every call. Cancelling the task itself leaves no row.
     """
     episode = _Episode(request, generate, sandbox, chat, cfg, cancelled)
-    patch = await episode.play()
+    await episode.play()
+    patch = await episode.patch() if patched else _NO_PATCH
     return episode.trajectory(patch, temperature=temperature, kind=kind)
 
 
@@ -105,8 +108,8 @@ class _Episode:
     malformed: int = 0  # unreadable replies in a row
     end: _Ended | None = None
 
-    async def play(self) -> Patch:
-        """Turns until the episode ends, then the patch."""
+    async def play(self) -> None:
+        """Turns until the episode ends."""
         task = self.request.task
         state = tools.EpisodeState(task.workdir)
         self._say(self.chat.opening(prompts.system(self.cfg), prompts.task(task, self.cfg)), mask=False)
@@ -115,7 +118,6 @@ class _Episode:
                 await self._turn(state)
             except _Ended as end:
                 self.end = end
-        return await self._patch()
 
     async def _turn(self, state: tools.EpisodeState) -> None:
         """One reply and what it does. Raises _Ended by the first reason that holds."""
@@ -264,7 +266,7 @@ class _Episode:
 
     # ---- the end ----
 
-    async def _patch(self) -> Patch:
+    async def patch(self) -> Patch:
         """The work tree's patch, whatever ended the episode; without one there must be no gradable stop."""
         assert self.end is not None
         if self.end.stop in (Stop.INFRA_ERROR, Stop.ENV_ERROR):

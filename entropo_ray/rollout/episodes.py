@@ -41,12 +41,15 @@ Voice = Callable[[], tuple[Generate, Chat]]  # made in the actor: who answers, a
 class Episodes:
     """Ray Data's UDF: a RolloutRequest in, its Trajectory and its Task out."""
 
-    def __init__(self, voice: Voice, cfg: config.Rollout, attempts: Path, *, kind: str, temperature: float) -> None:
+    def __init__(
+        self, voice: Voice, cfg: config.Rollout, attempts: Path, *, kind: str, temperature: float, patched: bool = True
+    ) -> None:
         self._generate, self._chat = voice()
         self._cfg = cfg
         self._attempts = attempts
         self._kind = kind
         self._temperature = temperature
+        self._patched = patched
         attempts.mkdir(parents=True, exist_ok=True)
         sandbox.reap()  # what an actor that was killed here left behind
 
@@ -84,7 +87,14 @@ class Episodes:
                 sandbox.open_sandbox(self._spec(request), backend=self._cfg.sandbox.backend) as box,
             ):
                 return await run_episode(
-                    request, self._generate, box, self._chat, agent, temperature=self._temperature, kind=self._kind
+                    request,
+                    self._generate,
+                    box,
+                    self._chat,
+                    agent,
+                    temperature=self._temperature,
+                    kind=self._kind,
+                    patched=self._patched,
                 )
         except SandboxError as error:
             return self._lost(request, f"{type(error).__name__}: {error}")

@@ -143,6 +143,7 @@ class Play:
     kind: str  # model | scripted
     temperature: float
     answers: str | None
+    patched: bool = True  # False: patches are not read, for attempts that only tokens are wanted of
 
 
 def stream(missing: Sequence[RolloutRequest], play: Play, cfg: config.Rollout, *, to: Path) -> dict[str, float]:
@@ -179,13 +180,14 @@ def _dataset(missing: Sequence[RolloutRequest], play: Play, cfg: config.Rollout,
     dataset = rows.map_batches(
         Episodes,
         fn_constructor_args=(play.voice, cfg, to / ATTEMPTS),
-        fn_constructor_kwargs={"kind": play.kind, "temperature": play.temperature},
+        fn_constructor_kwargs={"kind": play.kind, "temperature": play.temperature, "patched": play.patched},
         **_pool(actors, math.ceil(cfg.episodes / actors)),
     ).map_batches(
         Graders, fn_constructor_args=(to, cfg, play.answers), **_pool(actors, math.ceil(cfg.graders / actors))
     )
     context = dataset.context
     context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # a thread a row, for an estimate of what sandboxes do not use
     context.wait_for_min_actors_s = START_S
     context.execution_no_progress_timeout_s = _longest_s(cfg)
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_store_bytes(cfg))

@@ -44,7 +44,9 @@ def teach(
     timing: dict[str, float] = {}
     if missing := unanswered(asked, to):
         voice = functools.partial(teacher_voice, sft.error_rate)
-        timing = stream(missing, Play(voice=voice, kind="scripted", temperature=0.0, answers=answers), wide, to=to)
+        # imitation wants the tokens alone, and reading a patch takes longer than the rest of a teacher's episode
+        play = Play(voice=voice, kind="scripted", temperature=0.0, answers=answers, patched=answers is not None)
+        timing = stream(missing, play, wide, to=to)
     found = seal(asked, to, graded=answers is not None) | timing
     del found["entropy"]  # a script has none
     return found
