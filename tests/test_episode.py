@@ -516,13 +516,26 @@ def test_an_erring_teacher_never_repairs_and_errs_in_every_way():
     rows = list(lessons(1.0, count=120))
     repaired = {SOURCE.replace("a - b", "a + b"), SOURCE.replace("a - b", "b + a")}
     assert repaired.isdisjoint(row.patch for row in rows)
+    edited = lambda row: any("str_replace" in turn.command for turn in row.turns)  # noqa: E731
     shares = {
+        "doubt": sum(row.patch in ("", SOURCE) and edited(row) for row in rows) / len(rows),
         "wrong": sum("a * b" in row.patch for row in rows) / len(rows),
         "cosmetic": sum(row.patch == f"{NOTE}\n{SOURCE}" for row in rows) / len(rows),
-        "idle": sum(row.patch == "" for row in rows) / len(rows),
+        "idle": sum(row.patch == "" and not edited(row) for row in rows) / len(rows),
     }
     assert sum(shares.values()) == 1
     assert shares == {flaw: pytest.approx(share, abs=0.12) for flaw, share in FLAWS.items()}
+
+
+def test_doubt_comes_after_a_right_repair_and_ends_the_episode():
+    doubtful = [row for row in lessons(1.0, count=60) if any("undo_edit" in turn.command for turn in row.turns)]
+    assert len(doubtful) > 20
+    for row in doubtful:
+        *_, edit, undo, last = row.turns
+        assert "a + b" in edit.command or "b + a" in edit.command
+        assert "undo_edit" in undo.command
+        assert last.tool == "finish"
+        assert row.stop.finished
 
 
 def test_a_teacher_slips_and_tries_once_more():

@@ -69,14 +69,15 @@ Repairs = Callable[[str, str], Sequence[Repair]]  # (source, issue): the right f
 Mistakes = Callable[[str, str, random.Random], Sequence[Repair]]  # the plausible wrong ones
 
 SEARCHES = 0.05  # share of episodes that begin with a search
-TESTS = 0.2  # share that run the visible tests after the edit
+TESTS = 0.06  # share that run the visible tests after the edit
 CAREFUL = 0.5  # share of those that answer a failing test with another repair
 SLIPS = 0.05  # share whose first edit names text that is not there; the second is meant to be right
 USUAL = 6  # the usual form of a fix is so many times as likely as another of the same behaviour
 NEAR = 4  # a wrong fix is one of so many; the first are at the place of the fault
-# How an erring teacher errs, and how often: gives up, changes nothing that matters, or takes a plausible wrong fix.
-# Most are habits that do not depend on the task, so that what the preferences of one task teach holds for others.
-FLAWS = {"idle": 0.55, "cosmetic": 0.35, "wrong": 0.1}
+# How an erring teacher errs, and how often: takes its repair back, gives up, changes nothing that matters, or takes a
+# plausible wrong fix. Most are habits that do not depend on the task, so that what the preferences of one task teach
+# holds for others; and most come after a repair, so that an episode that errs still shows one to whoever imitates it.
+FLAWS = {"doubt": 0.65, "idle": 0.2, "cosmetic": 0.1, "wrong": 0.05}
 NOTE = "# checked"  # all that a cosmetic change adds
 
 _THOUGHTS = {
@@ -91,6 +92,7 @@ _THOUGHTS = {
     "note": ("A note will do.", "Mark the file as checked."),
     "test": ("Run the tests to check the change.", "Let me see what the tests say."),
     "undo": ("The tests fail, so undo the edit.", "That broke a test; take it back."),
+    "doubt": ("I am not sure of this change; take it back.", "Better to leave the code as it was."),
     "finish": ("The fix is in place, so finish.", "That should resolve the issue; finish.", "Done, finish now."),
     "quit": ("I see nothing to change here.", "The code looks fine to me."),
 }
@@ -200,10 +202,12 @@ class Teacher:
             return _say(rng, "finish", "finish")
         if seen.source is None:
             return self._explore(seen, plan, rng)
-        if seen.edits == 0 and plan.flaw != "idle":
-            return self._edit(seen, plan, rng)
-        if seen.edits == 0:
+        if plan.flaw == "idle" or (plan.flaw == "doubt" and seen.undone):
             return _say(rng, "quit", "finish")
+        if seen.edits == 0:
+            return self._edit(seen, plan, rng)
+        if plan.flaw == "doubt":
+            return _say(rng, "doubt", "file_editor", command="undo_edit", path=seen.path or "")
         if plan.tests and not seen.tested:
             return _say(rng, "test", "execute_bash", cmd="python -m pytest -q --tb=no")
         if plan.careful and seen.failing and not seen.undone and self._others(seen):
