@@ -32,12 +32,13 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; give another: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; install it: apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade pip
 ifeq ($(KIND),gpu)
 	$(PY) -m pip install -q -e '.[gpu,dev]'
 else
-	$(PY) -m pip install -q --no-deps -r requirements/cpu.txt
+	$(PY) -m pip install -q --no-deps --no-compile -r requirements/cpu.txt
 	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+# pip would compile every file on one core, architectures and tests that no run imports among them
+	@$(PY) -m compileall -q -j 0 -x '/(models|tests?)/' $(VENV)/lib >/dev/null 2>&1 || true
 endif
 	@touch $@
 

@@ -1,7 +1,6 @@
 """What the policy is told, next to the tools and the parser that it must agree with.
 
-Two lengths: `full` for language models, `brief` (about 40 words and the issue) for policies of a few million
-parameters.
+Two lengths: `full` for language models, `brief` (two lines and the issue) for policies of a few million parameters.
 """
 
 from __future__ import annotations
@@ -72,13 +71,9 @@ Change the repository so that the issue is resolved. Test files are handled else
 Do not print more than you need: results of calls are cut when they are long.
 """
 
-# The form of a call is not told: a policy this small knows it from imitation or not at all, and the correction that
-# answers a malformed call shows it.
-_BRIEF_SYSTEM = """Reply with a thought and one call.
-file_editor: command (view, create, str_replace, insert, undo_edit), path, old_str, new_str
-execute_bash: cmd
-search: search_term
-finish"""
+# Neither the form of a call nor a tool's parameters are told: a policy this small knows them from imitation or not at
+# all, and the correction that answers a malformed call shows them.
+_BRIEF_SYSTEM = "Reply with a thought and one call: file_editor, execute_bash, search or finish."
 
 _BRIEF_TASK = """<github_issue>
 {problem}

@@ -31,9 +31,9 @@ Kind = Family | Pair | Riddle
 _ADJECTIVES = (
     "amber blue bold brave bright brisk calm clear cool crisp deep fair fast firm fresh gentle glad golden grand green "
     "happy keen kind light lucky mild neat noble plain proud quick quiet rapid red rich sharp silver small soft solid "
-    "steady still strong sunny swift tall tidy warm white wise young agile airy ample austere breezy busy candid careful "
-    "cheery civil clever daring dear dense early easy eager exact fancy fine frank frosty fuzzy giant grey handy humble "
-    "jolly loyal lunar merry modest mossy nimble polar royal rustic"
+    "steady still strong sunny swift tall tidy warm white wise young agile airy ample austere breezy busy candid "
+    "careful cheery civil clever daring dear dense early easy eager exact fancy fine frank frosty fuzzy giant "
+    "grey handy humble jolly loyal lunar merry modest mossy nimble polar royal rustic"
 )
 _NOUNS = (
     "anchor barn basket beacon bridge cabin canal castle cedar cellar clock comet corner desk dock engine field forest "
