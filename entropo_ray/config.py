@@ -27,6 +27,7 @@ class Pack:
     seed: int = 0  # of the generated tasks; a run's own seed is another, so that runs can share a pack
     count: int = 64  # training tasks
     held_out: int = 50  # tasks of the test split
+    families: int | None = None  # of plain functions, the first so many of the source; none: all
     practice: int = 0  # tasks for a teacher alone: never graded, so neither validated nor held with answers
     ambiguous: float = 0.34  # share of tasks whose issue leaves two or more plausible causes
     hidden: float = 0.08  # share of tasks that hide the type of the answer (same issue, different hidden tests)

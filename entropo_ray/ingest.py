@@ -45,6 +45,7 @@ def ingest(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dic
         seed=seed,
         to=partial,
         practice=cfg.practice,
+        families=cfg.families,
     )
     answers = {m.task.id: m.answer for m in mined if m.task.split != pack.PRACTICE}
 

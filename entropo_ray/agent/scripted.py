@@ -77,7 +77,7 @@ NEAR = 4  # a wrong fix is one of so many; the first are at the place of the fau
 # How an erring teacher errs, and how often: takes its repair back, gives up, changes nothing that matters, or takes a
 # plausible wrong fix. Most are habits that do not depend on the task, so that what the preferences of one task teach
 # holds for others; and most come after a repair, so that an episode that errs still shows one to whoever imitates it.
-FLAWS = {"doubt": 0.65, "idle": 0.2, "cosmetic": 0.1, "wrong": 0.05}
+FLAWS = {"doubt": 0.8, "idle": 0.1, "cosmetic": 0.05, "wrong": 0.05}
 NOTE = "# checked"  # all that a cosmetic change adds
 
 _THOUGHTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from entropo_ray.tasks.forms import Family, Pair, Riddle
 
+# A pack may take the first so many: those that a policy of a million parameters learns last stand last.
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="count_above",
@@ -53,42 +54,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
         cases="[(5, 1, 9), (0, 1, 9), (12, 1, 9), (-3, -2, 4), (7, 2, 6), (4, 4, 4), (3, 0, 8)]",
         says=("Some results leave the allowed range.", "The $a comes back outside of its limits."),
-    ),
-    Family(
-        name="average",
-        topic="list",
-        words="f=average|mean_of|typical a=NUMBERS",
-        code='''def $f($a):
-    """Mean of the $a, 0 if there are none."""
-    if not $a:
-        return 0
-    return sum($a) / len($a)''',
-        same=("if not $a: => if len($a) == 0:", "if not $a: => if $a == []:"),
-        bugs=(
-            "edge:     if not $a:\n        return 0\n => ",
-            "division: sum($a) / len($a) => sum($a) // len($a)",
-            "default: return 0 => return 1",
-            "plus one: len($a) => (len($a) + 1)",
-        ),
-        cases="[([2, 4],), ([1, 2],), ([],), ([5],), ([1, 2, 6],), ([0, 0],), ([3, 4, 4, 4],), ([7, 8],)]",
-        says=("The mean of our $a is not right.", "Our averages look odd."),
-    ),
-    Family(
-        name="order_total",
-        topic="list",
-        words="f=order_total|bill|cost_of a=orders|lines x=price|cost y=count|units",
-        code='''def $f($a):
-    """Sum of $x times $y over the $a."""
-    return sum($x * $y for $x, $y in $a)''',
-        same=("$x * $y for => $y * $x for", "sum($x * $y for $x, $y in $a) => sum([$x * $y for $x, $y in $a])"),
-        bugs=(
-            "operator: $x * $y for => $x + $y for",
-            "key: $x * $y for => $x * $x for",
-            "extreme: sum( => max(",
-            "slice: in $a) => in $a[1:])",
-        ),
-        cases="[([(2, 3), (1, 4)],), ([(2, 2)],), ([(5, 5), (0, 9)],), ([(0, 9), (3, 1)],), ([(10, 2)],), ([(0, 0)],)]",
-        says=("The total of an order is wrong.", "Customers see a wrong sum on the bill."),
     ),
     Family(
         name="sum_to",
@@ -261,27 +226,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
         cases="[(5, 2), (2, 5), (4, 4), (0, 3), (7, 0), (-1, 1), (3, 9)]",
         says=("The distance has a wrong value.", "Some differences are not plausible."),
-    ),
-    Family(
-        name="same_text",
-        topic="text",
-        words="f=same_text|equal_text|matches a=left|first b=right|second",
-        code='''def $f($a, $b):
-    """True if $a and $b match, whatever their case."""
-    return $a.lower() == $b.lower()''',
-        same=(
-            "$a.lower() == $b.lower() => $a.upper() == $b.upper()",
-            "$a.lower() == $b.lower() => $b.lower() == $a.lower()",
-            "$a.lower() == $b.lower() => $a.casefold() == $b.casefold()",
-        ),
-        bugs=(
-            "call: $a.lower() == $b.lower() => $a.lower() == $b",
-            "call: $a.lower() == $b.lower() => $a == $b.lower()",
-            "inverted: $a.lower() == $b.lower() => $a.lower() != $b.lower()",
-            "operator: $a.lower() == $b.lower() => $a.lower() in $b.lower()",
-        ),
-        cases="[('Ab', 'aB'), ('ab', 'AB'), ('AB', 'ab'), ('a', 'a'), ('x', 'y'), ('b', 'abc'), ('', '')]",
-        says=("Two texts are compared wrongly.", "Upper case letters confuse the search."),
     ),
     Family(
         name="clean",
@@ -491,25 +435,6 @@ FAMILIES: tuple[Family, ...] = (
         says=("Looking for an entry goes wrong.", "The search gives a wrong place."),
     ),
     Family(
-        name="longest",
-        topic="text",
-        words="f=longest|longest_of|widest a=WORDS",
-        code='''def $f($a):
-    """The longest of the $a."""
-    return max($a, key=len)''',
-        same=("max($a, key=len) => sorted($a, key=len)[-1]", "max($a, key=len) => max($a, key=lambda s: len(s))"),
-        bugs=(
-            "extreme: max($a, key=len) => min($a, key=len)",
-            "call: max($a, key=len) => max($a)",
-            "key: max($a, key=len) => $a[-1]",
-            "key: max($a, key=len) => sorted($a, key=len)[0]",
-        ),
-        cases=(
-            "[(['a', 'bcd'],), (['zz', 'y'],), (['m'],), (['abc', 'de', 'f'],), (['b', 'aaa', 'cc'],), (['q', 'qq'],)]"
-        ),
-        says=("The wrong one of the $a is chosen.", "The column gets a wrong width."),
-    ),
-    Family(
         name="lookup",
         topic="table",
         words="f=lookup|value_of|read_value a=TABLE b=key|field k=0|1 j=2|7",
@@ -636,23 +561,6 @@ FAMILIES: tuple[Family, ...] = (
         says=("The text is put together wrongly.", "Our export file cannot be read."),
     ),
     Family(
-        name="padded",
-        topic="text",
-        words="f=padded|with_zeros|code_text a=number|code k=3|4 j=2|6",
-        code='''def $f($a):
-    """The $a as text of $k digits, with zeros in front."""
-    return str($a).zfill($k)''',
-        same=('str($a).zfill($k) => str($a).rjust($k, "0")', 'str($a).zfill($k) => format($a, "0$kd")'),
-        bugs=(
-            "constant: zfill($k) => zfill($j)",
-            "default: zfill($k) => rjust($k)",
-            'order: zfill($k) => ljust($k, "0")',
-            "call: str($a).zfill($k) => str($a)",
-        ),
-        cases="[(7,), (42,), (1234567,), (10 ** (k - 1),), (0,), (99,), (8888888,)]",
-        says=("The codes have a wrong form.", "Labels do not line up any more."),
-    ),
-    Family(
         name="passed",
         topic="number",
         words="f=passed|is_enough|accepted a=score|points k=50|60 j=55|70",
@@ -687,62 +595,6 @@ FAMILIES: tuple[Family, ...] = (
         says=("A $a at the edge is judged wrongly.", "The range check is not right."),
     ),
     Family(
-        name="leap",
-        topic="number",
-        words="f=leap|is_leap|has_leap_day a=year|yr",
-        code='''def $f($a):
-    """True if $a is a leap year."""
-    return $a % 4 == 0 and ($a % 100 != 0 or $a % 400 == 0)''',
-        same=("$a % 4 == 0 and => not $a % 4 and", "$a % 4 == 0 and => $a % 4 < 1 and"),
-        bugs=(
-            "inverted: $a % 100 != 0 => $a % 100 == 0",
-            "operator: 0 and ($a => 0 or ($a",
-            "constant: $a % 400 == 0 => $a % 200 == 0",
-            "edge: $a % 4 == 0 and ($a % 100 != 0 or $a % 400 == 0) => $a % 4 == 0",
-        ),
-        cases="[(2024,), (1900,), (2000,), (2023,), (2100,), (2200,), (1996,), (1999,), (2400,)]",
-        says=("Our calendar has a wrong day.", "Some years are judged wrongly."),
-    ),
-    Family(
-        name="running",
-        topic="list",
-        words="f=running|running_sums|so_far a=NUMBERS x=total|current y=sums|out z=LOOP",
-        code='''def $f($a):
-    """Sums of the $a so far, one for each."""
-    $x = 0
-    $y = []
-    for $z in $a:
-        $x += $z
-        $y.append($x)
-    return $y''',
-        same=("$x += $z => $x = $x + $z", "$y.append($x) => $y += [$x]"),
-        bugs=(
-            "start: $x = 0 => $x = 1",
-            "operator: $x += $z => $x -= $z",
-            "key: $y.append($x) => $y.append($z)",
-            "operator: $x += $z => $x = $z",
-        ),
-        cases="[([1, 2],), ([],), ([3],), ([0, 0],), ([4, 1, 5],), ([0],), ([7, 0, 2],)]",
-        says=("The sums on the way are wrong.", "The balance after each step is off."),
-    ),
-    Family(
-        name="steps",
-        topic="list",
-        words="f=steps|changes|deltas a=NUMBERS x=old|before y=new|after",
-        code='''def $f($a):
-    """Change from each of the $a to the next one."""
-    return [$y - $x for $x, $y in zip($a, $a[1:])]''',
-        same=("[$y - $x for => [-$x + $y for", "[$y - $x for => [-($x - $y) for"),
-        bugs=(
-            "arguments: [$y - $x for => [$x - $y for",
-            "slice: $a[1:] => $a[2:]",
-            "operator: [$y - $x for => [$y + $x for",
-            "call: [$y - $x for => [abs($y - $x) for",
-        ),
-        cases="[([1, 4],), ([],), ([3],), ([5, 5],), ([9, 2, 3],), ([0, 6],), ([2, 8, 7],), ([3, 3, 3],)]",
-        says=("The changes have wrong values.", "Growth in our table is shown wrongly."),
-    ),
-    Family(
         name="field",
         topic="table",
         words="f=field|column|pick_field a=ITEMS x=LOOP w=name|price v=id|kind",
@@ -761,26 +613,6 @@ FAMILIES: tuple[Family, ...] = (
             "([{w: 3, v: 3}, {w: 9, v: 9}],)]"
         ),
         says=("The wrong values are taken from the $a.", "A column of our table is wrong."),
-    ),
-    Family(
-        name="merged",
-        topic="table",
-        words="f=merged|combine|overlay a=base|old b=extra|new",
-        code='''def $f($a, $b):
-    """All of $a and $b; where both have a key, $b wins."""
-    return {**$a, **$b}''',
-        same=("{**$a, **$b} => $a | $b", "{**$a, **$b} => dict($a, **$b)"),
-        bugs=(
-            "order: {**$a, **$b} => {**$b, **$a}",
-            "key: {**$a, **$b} => {**$a}",
-            "key: {**$a, **$b} => {**$b}",
-            "operator: {**$a, **$b} => {k: $b[k] for k in $a if k in $b}",
-        ),
-        cases=(
-            "[({'a': 1}, {'a': 2}), ({'b': 3}, {}), ({}, {'c': 4}), ({'d': 5}, {'e': 6}), ({}, {}), "
-            "({'x': 1}, {'x': 1})]"
-        ),
-        says=("Settings are joined wrongly.", "A value is lost when two tables are joined."),
     ),
     Family(
         name="rectangle",
@@ -837,43 +669,6 @@ FAMILIES: tuple[Family, ...] = (
         says=("The countdown is not complete.", "The numbers going down are wrong."),
     ),
     Family(
-        name="percent_of",
-        topic="number",
-        words="f=percent|share_of|ratio a=part|done b=whole|total",
-        code='''def $f($a, $b):
-    """Percent that $a is of $b, 0 if $b is 0."""
-    if $b == 0:
-        return 0
-    return 100 * $a / $b''',
-        same=("if $b == 0: => if not $b:", "100 * $a / $b => $a * 100 / $b"),
-        bugs=(
-            "edge:     if $b == 0:\n        return 0\n => ",
-            "arguments: 100 * $a / $b => 100 * $b / $a",
-            "constant: 100 * $a / $b => 10 * $a / $b",
-            "division: 100 * $a / $b => 100 * $a // $b",
-            "edge: if $b == 0: => if $a == 0:",
-        ),
-        cases="[(1, 2), (1, 8), (0, 5), (3, 0), (4, 4), (2, 2), (7, 0), (5, 8)]",
-        says=("The progress bar shows nonsense.", "The percent value is wrong."),
-    ),
-    Family(
-        name="second",
-        topic="list",
-        words="f=second_best|runner_up|next_largest a=NUMBERS",
-        code='''def $f($a):
-    """The second largest of the $a."""
-    return sorted($a)[-2]''',
-        same=("sorted($a)[-2] => sorted($a, reverse=True)[1]", "sorted($a)[-2] => sorted($a)[len($a) - 2]"),
-        bugs=(
-            "key: sorted($a)[-2] => sorted($a)[-1]",
-            "key: sorted($a)[-2] => sorted($a)[1]",
-            "call: sorted($a)[-2] => $a[-2]",
-            "order: sorted($a)[-2] => sorted($a, reverse=True)[-2]",
-        ),
-        cases="[([1, 2, 3, 4],), ([5, 5],), ([9, 7],), ([2, 8, 6],), ([4, 4, 4],), ([3, 1, 7, 5],), ([6, 9, 8],)]",
-        says=("The second place is wrong.", "The silver medal goes to the wrong one."),
-    ),
-    Family(
         name="squares",
         topic="number",
         words="f=squares|square_list|all_squares a=n|count x=i|v",
@@ -909,6 +704,212 @@ FAMILIES: tuple[Family, ...] = (
         ),
         cases="[('a' + w,), ('B' + w.upper(),), ('c',), (w + 'x',), ('d' + v,), ('',), ('e' + w,)]",
         says=("Some files are not found.", "The check of the file type is wrong."),
+    ),
+    Family(
+        name="average",
+        topic="list",
+        words="f=average|mean_of|typical a=NUMBERS",
+        code='''def $f($a):
+    """Mean of the $a, 0 if there are none."""
+    if not $a:
+        return 0
+    return sum($a) / len($a)''',
+        same=("if not $a: => if len($a) == 0:", "if not $a: => if $a == []:"),
+        bugs=(
+            "edge:     if not $a:\n        return 0\n => ",
+            "division: sum($a) / len($a) => sum($a) // len($a)",
+            "default: return 0 => return 1",
+            "plus one: len($a) => (len($a) + 1)",
+        ),
+        cases="[([2, 4],), ([1, 2],), ([],), ([5],), ([1, 2, 6],), ([0, 0],), ([3, 4, 4, 4],), ([7, 8],)]",
+        says=("The mean of our $a is not right.", "Our averages look odd."),
+    ),
+    Family(
+        name="merged",
+        topic="table",
+        words="f=merged|combine|overlay a=base|old b=extra|new",
+        code='''def $f($a, $b):
+    """All of $a and $b; where both have a key, $b wins."""
+    return {**$a, **$b}''',
+        same=("{**$a, **$b} => $a | $b", "{**$a, **$b} => dict($a, **$b)"),
+        bugs=(
+            "order: {**$a, **$b} => {**$b, **$a}",
+            "key: {**$a, **$b} => {**$a}",
+            "key: {**$a, **$b} => {**$b}",
+            "operator: {**$a, **$b} => {k: $b[k] for k in $a if k in $b}",
+        ),
+        cases=(
+            "[({'a': 1}, {'a': 2}), ({'b': 3}, {}), ({}, {'c': 4}), ({'d': 5}, {'e': 6}), ({}, {}), "
+            "({'x': 1}, {'x': 1})]"
+        ),
+        says=("Settings are joined wrongly.", "A value is lost when two tables are joined."),
+    ),
+    Family(
+        name="padded",
+        topic="text",
+        words="f=padded|with_zeros|code_text a=number|code k=3|4 j=2|6",
+        code='''def $f($a):
+    """The $a as text of $k digits, with zeros in front."""
+    return str($a).zfill($k)''',
+        same=('str($a).zfill($k) => str($a).rjust($k, "0")', 'str($a).zfill($k) => format($a, "0$kd")'),
+        bugs=(
+            "constant: zfill($k) => zfill($j)",
+            "default: zfill($k) => rjust($k)",
+            'order: zfill($k) => ljust($k, "0")',
+            "call: str($a).zfill($k) => str($a)",
+        ),
+        cases="[(7,), (42,), (1234567,), (10 ** (k - 1),), (0,), (99,), (8888888,)]",
+        says=("The codes have a wrong form.", "Labels do not line up any more."),
+    ),
+    Family(
+        name="percent_of",
+        topic="number",
+        words="f=percent|share_of|ratio a=part|done b=whole|total",
+        code='''def $f($a, $b):
+    """Percent that $a is of $b, 0 if $b is 0."""
+    if $b == 0:
+        return 0
+    return 100 * $a / $b''',
+        same=("if $b == 0: => if not $b:", "100 * $a / $b => $a * 100 / $b"),
+        bugs=(
+            "edge:     if $b == 0:\n        return 0\n => ",
+            "arguments: 100 * $a / $b => 100 * $b / $a",
+            "constant: 100 * $a / $b => 10 * $a / $b",
+            "division: 100 * $a / $b => 100 * $a // $b",
+            "edge: if $b == 0: => if $a == 0:",
+        ),
+        cases="[(1, 2), (1, 8), (0, 5), (3, 0), (4, 4), (2, 2), (7, 0), (5, 8)]",
+        says=("The progress bar shows nonsense.", "The percent value is wrong."),
+    ),
+    Family(
+        name="steps",
+        topic="list",
+        words="f=steps|changes|deltas a=NUMBERS x=old|before y=new|after",
+        code='''def $f($a):
+    """Change from each of the $a to the next one."""
+    return [$y - $x for $x, $y in zip($a, $a[1:])]''',
+        same=("[$y - $x for => [-$x + $y for", "[$y - $x for => [-($x - $y) for"),
+        bugs=(
+            "arguments: [$y - $x for => [$x - $y for",
+            "slice: $a[1:] => $a[2:]",
+            "operator: [$y - $x for => [$y + $x for",
+            "call: [$y - $x for => [abs($y - $x) for",
+        ),
+        cases="[([1, 4],), ([],), ([3],), ([5, 5],), ([9, 2, 3],), ([0, 6],), ([2, 8, 7],), ([3, 3, 3],)]",
+        says=("The changes have wrong values.", "Growth in our table is shown wrongly."),
+    ),
+    Family(
+        name="same_text",
+        topic="text",
+        words="f=same_text|equal_text|matches a=left|first b=right|second",
+        code='''def $f($a, $b):
+    """True if $a and $b match, whatever their case."""
+    return $a.lower() == $b.lower()''',
+        same=(
+            "$a.lower() == $b.lower() => $a.upper() == $b.upper()",
+            "$a.lower() == $b.lower() => $b.lower() == $a.lower()",
+            "$a.lower() == $b.lower() => $a.casefold() == $b.casefold()",
+        ),
+        bugs=(
+            "call: $a.lower() == $b.lower() => $a.lower() == $b",
+            "call: $a.lower() == $b.lower() => $a == $b.lower()",
+            "inverted: $a.lower() == $b.lower() => $a.lower() != $b.lower()",
+            "operator: $a.lower() == $b.lower() => $a.lower() in $b.lower()",
+        ),
+        cases="[('Ab', 'aB'), ('ab', 'AB'), ('AB', 'ab'), ('a', 'a'), ('x', 'y'), ('b', 'abc'), ('', '')]",
+        says=("Two texts are compared wrongly.", "Upper case letters confuse the search."),
+    ),
+    Family(
+        name="leap",
+        topic="number",
+        words="f=leap|is_leap|has_leap_day a=year|yr",
+        code='''def $f($a):
+    """True if $a is a leap year."""
+    return $a % 4 == 0 and ($a % 100 != 0 or $a % 400 == 0)''',
+        same=("$a % 4 == 0 and => not $a % 4 and", "$a % 4 == 0 and => $a % 4 < 1 and"),
+        bugs=(
+            "inverted: $a % 100 != 0 => $a % 100 == 0",
+            "operator: 0 and ($a => 0 or ($a",
+            "constant: $a % 400 == 0 => $a % 200 == 0",
+            "edge: $a % 4 == 0 and ($a % 100 != 0 or $a % 400 == 0) => $a % 4 == 0",
+        ),
+        cases="[(2024,), (1900,), (2000,), (2023,), (2100,), (2200,), (1996,), (1999,), (2400,)]",
+        says=("Our calendar has a wrong day.", "Some years are judged wrongly."),
+    ),
+    Family(
+        name="running",
+        topic="list",
+        words="f=running|running_sums|so_far a=NUMBERS x=total|current y=sums|out z=LOOP",
+        code='''def $f($a):
+    """Sums of the $a so far, one for each."""
+    $x = 0
+    $y = []
+    for $z in $a:
+        $x += $z
+        $y.append($x)
+    return $y''',
+        same=("$x += $z => $x = $x + $z", "$y.append($x) => $y += [$x]"),
+        bugs=(
+            "start: $x = 0 => $x = 1",
+            "operator: $x += $z => $x -= $z",
+            "key: $y.append($x) => $y.append($z)",
+            "operator: $x += $z => $x = $z",
+        ),
+        cases="[([1, 2],), ([],), ([3],), ([0, 0],), ([4, 1, 5],), ([0],), ([7, 0, 2],)]",
+        says=("The sums on the way are wrong.", "The balance after each step is off."),
+    ),
+    Family(
+        name="second",
+        topic="list",
+        words="f=second_best|runner_up|next_largest a=NUMBERS",
+        code='''def $f($a):
+    """The second largest of the $a."""
+    return sorted($a)[-2]''',
+        same=("sorted($a)[-2] => sorted($a, reverse=True)[1]", "sorted($a)[-2] => sorted($a)[len($a) - 2]"),
+        bugs=(
+            "key: sorted($a)[-2] => sorted($a)[-1]",
+            "key: sorted($a)[-2] => sorted($a)[1]",
+            "call: sorted($a)[-2] => $a[-2]",
+            "order: sorted($a)[-2] => sorted($a, reverse=True)[-2]",
+        ),
+        cases="[([1, 2, 3, 4],), ([5, 5],), ([9, 7],), ([2, 8, 6],), ([4, 4, 4],), ([3, 1, 7, 5],), ([6, 9, 8],)]",
+        says=("The second place is wrong.", "The silver medal goes to the wrong one."),
+    ),
+    Family(
+        name="order_total",
+        topic="list",
+        words="f=order_total|bill|cost_of a=orders|lines x=price|cost y=count|units",
+        code='''def $f($a):
+    """Sum of $x times $y over the $a."""
+    return sum($x * $y for $x, $y in $a)''',
+        same=("$x * $y for => $y * $x for", "sum($x * $y for $x, $y in $a) => sum([$x * $y for $x, $y in $a])"),
+        bugs=(
+            "operator: $x * $y for => $x + $y for",
+            "key: $x * $y for => $x * $x for",
+            "extreme: sum( => max(",
+            "slice: in $a) => in $a[1:])",
+        ),
+        cases="[([(2, 3), (1, 4)],), ([(2, 2)],), ([(5, 5), (0, 9)],), ([(0, 9), (3, 1)],), ([(10, 2)],), ([(0, 0)],)]",
+        says=("The total of an order is wrong.", "Customers see a wrong sum on the bill."),
+    ),
+    Family(
+        name="longest",
+        topic="text",
+        words="f=longest|longest_of|widest a=WORDS",
+        code='''def $f($a):
+    """The longest of the $a."""
+    return max($a, key=len)''',
+        same=("max($a, key=len) => sorted($a, key=len)[-1]", "max($a, key=len) => max($a, key=lambda s: len(s))"),
+        bugs=(
+            "extreme: max($a, key=len) => min($a, key=len)",
+            "call: max($a, key=len) => max($a)",
+            "key: max($a, key=len) => $a[-1]",
+            "key: max($a, key=len) => sorted($a, key=len)[0]",
+        ),
+        cases=(
+            "[(['a', 'bcd'],), (['zz', 'y'],), (['m'],), (['abc', 'de', 'f'],), (['b', 'aaa', 'cc'],), (['q', 'qq'],)]"
+        ),
+        says=("The wrong one of the $a is chosen.", "The column gets a wrong width."),
     ),
 )
 

@@ -102,12 +102,21 @@ class _Drawn:
 
 
 def generate(
-    *, count: int, held_out: int, ambiguous: float, hidden: float, seed: int, to: Path, practice: int = 0
+    *,
+    count: int,
+    held_out: int,
+    ambiguous: float,
+    hidden: float,
+    seed: int,
+    to: Path,
+    practice: int = 0,
+    families: int | None = None,
 ) -> list[Mined]:
     """`count` training, `held_out` test and `practice` tasks; their repositories are written below `to`/repos.
 
     Practice tasks are files in an empty repository, without a commit: nobody reads a patch of them.
-    The same arguments give the same bytes (indexes of git apart). `ambiguous` and `hidden` are shares of each split.
+    The same arguments give the same bytes (indexes of git apart). `ambiguous` and `hidden` are shares of each split;
+    plain tasks are of the first `families` families (None: all).
     Raises ValueError when more tasks are asked for than there are words to make them of.
     """
     names = _names(seed)
@@ -117,7 +126,9 @@ def generate(
     for split, size in (("train", count), ("test", held_out), (PRACTICE, practice)):
         if size > len(names[split]):
             raise ValueError(f"pack: {size} {split} tasks: the local source has names for {len(names[split])} at most")
-        kinds = _kinds(size, ambiguous=ambiguous, hidden=hidden, rng=random.Random(f"{seed}/{split}/kinds"))
+        kinds = _kinds(
+            size, FAMILIES[:families], ambiguous=ambiguous, hidden=hidden, rng=random.Random(f"{seed}/{split}/kinds")
+        )
         for name, family in zip(names[split], kinds, strict=False):
             mined.append(_task(name, split, family, seed=seed, drawn=drawn, to=to))
     _repositories(mined)
@@ -136,12 +147,14 @@ def _names(seed: int) -> dict[str, list[tuple[str, str]]]:
     return names
 
 
-def _kinds(size: int, *, ambiguous: float, hidden: float, rng: random.Random) -> list[Kind]:
+def _kinds(
+    size: int, plain_families: Sequence[Family], *, ambiguous: float, hidden: float, rng: random.Random
+) -> list[Kind]:
     """The family of each task: every family as often as any other of its kind, give or take one."""
     pairs, riddles = round(size * ambiguous), round(size * hidden)
     plain = max(size - pairs - riddles, 0)
     kinds: list[Kind] = []
-    for number, families in ((plain, FAMILIES), (pairs, PAIRS), (riddles, RIDDLES)):
+    for number, families in ((plain, plain_families), (pairs, PAIRS), (riddles, RIDDLES)):
         kinds += _even(number, families, rng)
     rng.shuffle(kinds)
     return kinds
