@@ -145,6 +145,17 @@ def test_only_answered_finished_attempts_teach_and_only_by_the_label(policy, wor
     }  # fmt: skip
 
 
+def test_only_a_graded_attempt_must_be_of_the_suite(policy, tmp_path):
+    graded = [trajectory("t", 0, Grade.UNRESOLVED), trajectory("t", 1, Grade.RESOLVED)]
+    store.write(tmp_path / "seed", Trajectory, [trajectory("practice", 0, None)])  # of a teacher, on tasks of its own
+    store.write(tmp_path / "round", Trajectory, graded)
+    make = lambda *products: examples.examples(products, SUITE, CFG, chat_path=policy, to=tmp_path / "examples")  # noqa: E731
+    assert make(tmp_path / "seed", tmp_path / "round")["dropped_unanswered"] == 1
+    store.write(tmp_path / "foreign", Trajectory, [trajectory("practice", 0, Grade.RESOLVED)])
+    with pytest.raises(ValueError, match=r"tasks\.path.*practice"):
+        make(tmp_path / "foreign")
+
+
 def test_one_kind_of_answer_teaches_nothing(policy, tmp_path):
     store.write(tmp_path / "round", Trajectory, [trajectory("t", 0, Grade.UNRESOLVED)])
     with pytest.raises(ValueError, match="0 resolved and 1 unresolved"):

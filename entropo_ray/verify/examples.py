@@ -108,10 +108,10 @@ def _examples(
 
 
 def _unfit(attempt: Judged, suite: dict[str, Task], product: Path) -> str:
+    if attempt.grade not in _ANSWERS:  # a teacher's on practice tasks among them, which belong to no suite
+        return "unanswered"
     if attempt.task_id not in suite:
         raise ValueError(f"tasks.path: {product} holds task {attempt.task_id}, which this suite lacks; give its own")
-    if attempt.grade not in _ANSWERS:
-        return "unanswered"
     return "" if attempt.stop.finished else "unfinished"
 
 
