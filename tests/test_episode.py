@@ -581,6 +581,15 @@ def test_a_teacher_that_sees_no_fault_quits():
     assert (row.stop, row.patch, row.turns[-1].tool) == (Stop.AGENT, "", "finish")
 
 
+def test_an_attempt_that_nobody_grades_is_not_asked_for_its_patch():
+    class Silent(Fake):
+        async def extract_patch(self):
+            raise AssertionError("nobody wants it")
+
+    row = play(scripted([LOOK, EDIT, FINISH]), Silent(), patched=False)
+    assert (row.stop, row.patch, row.files, row.num_turns) == (Stop.AGENT, "", (), 3)
+
+
 # ---- with real files and processes ----
 
 

@@ -368,6 +368,27 @@ def test_a_pack_that_cannot_be_used_is_named_in_one_line(made, tmp_path, spoil, 
     assert "\n" not in str(error.value)
 
 
+def test_a_pack_takes_the_first_families_alone(tmp_path):
+    shares = {"ambiguous": 0.0, "hidden": 0.0, "seed": 0, "held_out": 0}
+    mined = local.generate(count=12, to=tmp_path, families=2, **shares)
+    assert all(
+        any(_is(f, bug, t) for f in FAMILIES[:2] for bug in f.bugs for t in functions(_source(m))) for m in mined
+    )
+    for wrong in (0, len(FAMILIES) + 1):
+        with pytest.raises(ValueError, match=rf"pack.families={wrong}: .* 1 to {len(FAMILIES)}"):
+            local.generate(count=1, to=tmp_path, families=wrong, **shares)
+
+
+def test_a_practice_task_is_a_clean_directory_without_a_commit(tmp_path):
+    mined = local.generate(count=1, held_out=1, practice=2, ambiguous=0.0, hidden=0.0, seed=0, to=tmp_path)
+    for m in mined:
+        log = subprocess.run(
+            ["git", "log", "--format=%s"], cwd=m.task.image, capture_output=True, text=True, check=False
+        )
+        assert log.stdout.split() == ([] if m.task.split == "practice" else ["Start"])
+        assert Path(m.task.image, ".git", "HEAD").is_file()
+
+
 def test_more_tasks_than_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at most"):
         local.generate(count=100_000, held_out=0, ambiguous=0.3, hidden=0.1, seed=0, to=tmp_path)

@@ -117,8 +117,10 @@ def generate(
     Practice tasks are files in an empty repository, without a commit: nobody reads a patch of them.
     The same arguments give the same bytes (indexes of git apart). `ambiguous` and `hidden` are shares of each split;
     plain tasks are of the first `families` families (None: all).
-    Raises ValueError when more tasks are asked for than there are words to make them of.
+    Raises ValueError when more tasks are asked for than there are words to make them of, or families than there are.
     """
+    if families is not None and not 1 <= families <= len(FAMILIES):
+        raise ValueError(f"pack.families={families}: the local source has 1 to {len(FAMILIES)}")
     names = _names(seed)
     drawn = _Drawn(files=set(), programs={})
     mined: list[Mined] = []
