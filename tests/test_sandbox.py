@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -664,6 +665,22 @@ def test_reaping_touches_only_the_dead(image):
         assert inside(image, work) == b"alive\n"
     finally:
         cgroup.remove_owner(groups, foreign)
+
+
+def test_launchers_that_begin_and_end_together_leave_each_other_their_groups(tmp_path):
+    """On plain directories: an owner's claim holds while others remove the parent whenever it looks empty."""
+    groups = cgroup.Groups(str(tmp_path / "entropo"), "", unified=False)
+
+    def lives(owner):
+        for _ in range(2000):
+            cgroup.claim(groups, owner)
+            Path(groups.memory, owner).rmdir()
+            cgroup.leave(groups)
+
+    with ThreadPoolExecutor(4) as pool:
+        for ended in [pool.submit(lives, f"owner-{i}") for i in range(4)]:
+            ended.result()
+    assert not Path(groups.memory).exists()
 
 
 def test_a_missing_bubblewrap_is_named(image, monkeypatch, tmp_path):

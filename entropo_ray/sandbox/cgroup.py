@@ -77,13 +77,12 @@ def _usable(mount: str, own: str, probe: str, *, enable: bool = False) -> str:
     if not base.is_dir():
         base = Path(mount)
     parent = base / _PARENT
+    trial = parent / f"{label(os.getpid())}-trial"
     try:
-        parent.mkdir(exist_ok=True)
+        _make(trial)
         if enable:
             for group in (base, parent):  # refused where processes live in the group itself
                 (group / "cgroup.subtree_control").write_text("+memory +pids")
-        trial = parent / f"{label(os.getpid())}-trial"
-        trial.mkdir(exist_ok=True)
         usable = os.access(trial / probe, os.W_OK)
         trial.rmdir()
     except OSError:
@@ -129,10 +128,24 @@ def claim(groups: Groups, owner: str) -> None:
     """Make the directory that the groups of one launcher lie in."""
     for root in groups.roots:
         path = Path(root, owner)
-        path.mkdir(parents=True, exist_ok=True)
+        _make(path)
         if groups.unified:
             for group in (path.parent, path):
                 (group / "cgroup.subtree_control").write_text("+memory +pids")
+
+
+def _make(path: Path, tries: int = 1000) -> None:
+    """A directory in our parent, and that one where it is missing: a launcher that ends may remove it in between."""
+    for left in reversed(range(tries)):
+        try:
+            for directory in (path.parent, path):
+                with contextlib.suppress(FileExistsError):
+                    directory.mkdir()  # exist_ok would look at it once more, when it may be gone
+        except FileNotFoundError:
+            if not left:
+                raise
+        else:
+            return
 
 
 def _no_swap(memory: Path, unified: bool, size: str) -> None:
@@ -150,7 +163,7 @@ def _remove(path: Path, patience_s: float = 2.0) -> None:
         except OSError:
             if time.monotonic() > deadline:
                 raise
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone, or on the way (ENODEV)
                 for pid in (path / "cgroup.procs").read_text().split():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
