@@ -159,7 +159,9 @@ class Trajectory:
     behaviour_logp: tuple[float, ...]  # [L] float32 nats, raw log pi at T = 1; 0.0 where the mask is False
     num_turns: int
     num_actions: int  # sum(action_mask)
+    num_tokens: int  # L
     patch: str
+    patch_class: str  # digest of the patch without white space, comments and test files; "" for none
     files: tuple[str, ...]
     stop: Stop
     reason: str  # one line for a stop that needs one, else ""
@@ -174,11 +176,15 @@ class Outcome:
 
     task_id: str
     sample: int
+    kind: str
     prompt: str
     num_turns: int
     num_actions: int
+    num_tokens: int
+    patch_class: str
     stop: Stop
     grade: Grade | None
+    verdict: Verdict | None
 
     @property
     def resolved(self) -> bool | None:
@@ -220,6 +226,7 @@ class Pair:
     task_id: str
     chosen: int
     rejected: int
+    weight: float = 1.0  # of its loss, 1 on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +234,7 @@ class Label:
     task_id: str
     sample: int
     desirable: bool
+    weight: float = 1.0  # of its loss, 1 on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +245,17 @@ class Reference:
     sample: int
     ref_logp: tuple[float, ...]  # [A] nats
     ref_entropy: tuple[float, ...]  # [A] nats, exact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """What a policy says of a trajectory and how far it is from another policy, one float32 per action token."""
+
+    task_id: str
+    sample: int
+    logp: tuple[float, ...]  # [A] nats, at T = 1
+    entropy: tuple[float, ...]  # [A] nats, exact
+    kl: tuple[float, ...]  # [A] nats, exact, KL(policy | other)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,6 +332,9 @@ _NARROW = {
     "behaviour_logp": pa.float32(),
     "ref_logp": pa.float32(),
     "ref_entropy": pa.float32(),
+    "logp": pa.float32(),
+    "entropy": pa.float32(),
+    "kl": pa.float32(),
 }
 
 

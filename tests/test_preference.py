@@ -12,8 +12,13 @@ from entropo_ray.records import Grade, Outcome, Stop
 CFG = config.Preference()
 
 
-def outcome(sample, grade, *, task="t", stop=Stop.AGENT, prompt="p"):
-    return Outcome(task_id=task, sample=sample, prompt=prompt, num_turns=3, num_actions=9, stop=stop, grade=grade)
+def outcome(
+    sample, grade, *, task="t", stop=Stop.AGENT, prompt="p", kind="model", actions=9, tokens=20, patch="", verdict=None
+):
+    return Outcome(
+        task_id=task, sample=sample, kind=kind, prompt=prompt, num_turns=3, num_actions=actions, num_tokens=tokens,
+        patch_class=patch, stop=stop, grade=grade, verdict=verdict,
+    )  # fmt: skip
 
 
 def round_of(resolved, unresolved, task="t"):

@@ -38,9 +38,10 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
+FLOATS = ("behaviour_logp", "ref_logp", "ref_entropy", "logp", "entropy", "kl")
 NARROW = {
     "token_ids": st.lists(INT32, max_size=5).map(tuple),
-    **{name: st.lists(FLOAT32, max_size=5).map(tuple) for name in ("behaviour_logp", "ref_logp", "ref_entropy")},
+    **{name: st.lists(FLOAT32, max_size=5).map(tuple) for name in FLOATS},
 }
 
 
@@ -94,6 +95,8 @@ def trajectory(**changes):
         behaviour_logp=(0.0, 0.0, -0.5, -0.25),
         num_turns=1,
         num_actions=2,
+        num_tokens=9,
+        patch_class="",
         patch="diff",
         files=("a.py",),
         stop=Stop.AGENT,

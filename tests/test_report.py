@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from entropo_ray import config, observe, report, store
+from entropo_ray import config, observe, page, report, store
 from entropo_ray.records import Attempt, Grade, Pair, Stop, Trajectory, Turn, Verdict
 
 HERE = Path(__file__).resolve().parent.parent
@@ -66,6 +66,8 @@ def trajectory(task_id="t", sample=0, round=0, grade=Grade.RESOLVED, **changes):
         behaviour_logp=tuple(logp),
         num_turns=3,
         num_actions=sum(mask),
+        num_tokens=9,
+        patch_class="",
         patch=f"--- a/f.py\n+++ b/f.py\n@@ -1 +1 @@\n-x = 1\n+x = '{EVIL}'\n",
         files=("f.py",),
         stop=Stop.AGENT,
@@ -327,7 +329,7 @@ def test_contrasts_have_both_sides_and_the_most_even_task_comes_first():
 
 @pytest.mark.parametrize(("xs", "ys"), [([0], [0.5]), ([0, 1], [0.0, 0.0]), ([3, 9], [-5.0, 1e6]), ([0, 1], [1e-9, 0])])
 def test_plots_hold_their_points(xs, ys):
-    svg = ET.fromstring(report.plot([report.Series("a<b", xs, ys)], x="step"))
+    svg = ET.fromstring(page.plot([page.Series("a<b", xs, ys)], x="step"))
     dots = [(float(c.get("cx")), float(c.get("cy"))) for c in svg.iter("circle")]
     assert len(dots) == len(xs)
     width, height = (float(v) for v in svg.get("viewBox").split()[2:])
@@ -336,7 +338,7 @@ def test_plots_hold_their_points(xs, ys):
 
 
 def test_a_plot_of_nothing_is_nothing():
-    assert report.plot([report.Series("a", [], [])], x="round") == ""
+    assert page.plot([page.Series("a", [], [])], x="round") == ""
 
 
 def job(*words):

@@ -57,7 +57,8 @@ def trajectory(task_id, sample, grade, *, stop=Stop.AGENT, patch="+ fixed", turn
     return Trajectory(
         task_id=task_id, sample=sample, round=0, seed=0, kind="model", scaffold="", prompt="", temperature=0.7,
         turns=tuple(turns), token_ids=(1,), action_mask=(True,), behaviour_logp=(-1.0,), num_turns=len(turns),
-        num_actions=1, patch=patch, files=(), stop=stop, reason="", wall_s=1.0, grade=grade, verdict=None,
+        num_actions=1, num_tokens=1, patch=patch, patch_class="", files=(), stop=stop, reason="", wall_s=1.0,
+        grade=grade, verdict=None,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from entropo_ray import config
 from entropo_ray.agent import parse, prompts, tools
 from entropo_ray.chat import Chat
+from entropo_ray.patches import patch_class
 from entropo_ray.records import RolloutRequest, Stop, Trajectory, Turn
 from entropo_ray.sandbox import BackendDown, CapacityError, Patch, Sandbox, SandboxError, SandboxLost
 
@@ -303,7 +304,9 @@ class _Episode:
             behaviour_logp=tuple(self.logp),
             num_turns=len(self.turns),
             num_actions=sum(self.mask),
+            num_tokens=len(self.ids),
             patch=patch.text,
+            patch_class=patch_class(patch.text),
             files=patch.files,
             stop=self.end.stop,
             reason=self.end.reason,
