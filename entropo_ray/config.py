@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 C = TypeVar("C")
@@ -99,8 +100,12 @@ class Rollout:
 @dataclass(frozen=True)
 class Preference:
     finished_only: bool = True  # only episodes that called finish teach
-    pairs_per_task: int = 8
-    pairing: Literal["random"] = "random"
+    max_tokens: int | None = None  # longer trajectories do not teach, and are counted; none: they are an error in train
+    pairing: Literal["random", "all", "one", "best_worst", "rare"] = "random"  # rare: DivPO
+    pairs_per_task: int = 8  # of pairing random and rare
+    weights: Literal["none", "pass_k"] = "none"  # of tasks: pass_k favours those that few attempts resolve
+    k: int = 8  # of weights pass_k
+    balance: bool = False  # labels: both sides weigh the same in sum
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Fit:
     weight_decay: float = 0.0
     clip: float = 1.0  # global gradient norm
     epochs: int = 1
+    steps: int = 0  # optimizer steps, whatever the data: epochs are repeated or cut short; 0: epochs decide
     batch: int = 32  # units (pairs, labels or examples) a step, over all workers
     micro_batch: int = 1  # units a worker holds at once
     workers: int = 1
@@ -128,17 +134,31 @@ class Fit:
 
 @dataclass(frozen=True)
 class Train(Fit):
-    """The EntroPO update (method: alpha = beta + entropy)."""
+    """The EntroPO update (method: alpha = beta + entropy); conf/objective/ has its relatives."""
 
-    loss: Literal["dpo", "kto"] = "dpo"
+    loss: Literal["dpo", "ipo", "kto", "bco", "sft"] = "dpo"  # sft: imitate what passed (rejection sampling)
+    variant: Literal["theory", "released"] = "theory"  # released: as the code published with the paper computes
     beta: float = 0.1
-    entropy: float = 0.01  # lambda
+    entropy: float = 0.01  # lambda; of the first round where entropy_target is given
+    entropy_target: float | None = None  # nats per action token of fresh rollouts, held by changing lambda each round
+    entropy_step: float = 1.0  # of log lambda per nat of distance
+    entropy_min: float = 1e-4  # bounds of lambda
+    entropy_max: float = 1.0
     smoothing: float = 0.05  # label smoothing of dpo
+    gap: float = 0.0  # dpo: margin that a pair must exceed (SimPO); ipo: the utility gap of a pair
     nll: float = 0.0  # weight of the chosen trajectory's mean negative log-likelihood
     length: Literal["raw", "debias", "mean"] = "debias"
-    weight_pass: float = 1.0
+    length_tokens: float | None = None  # c of length mean; none: the round's mean action tokens
+    turns: Literal["all", "last", "branch", "dmpo"] = "all"  # whose actions count; branch: the first that differs
+    gamma: float = 0.7  # of turns dmpo
+    z0: Literal["exact", "onpolicy", "group", "kto", "none", "released"] = "exact"  # reference point of kto
+    delta: Literal["learned", "mean", "group"] = "learned"  # reference point of bco
+    weight_pass: float = 1.0  # of kto and bco
     weight_fail: float = 1.0
     reference: Literal["round", "first"] = "round"
+    stale: Literal["keep", "drop", "weigh"] = "keep"  # trajectories whose policy has moved on; weigh: WPO
+    drift: float = 0.1  # nats per action token since sampling, above which stale=drop drops
+    ess_min: float = 0.3  # share of the units that weights must leave in effect, else the update is refused
 
 
 @dataclass(frozen=True)
@@ -190,7 +210,30 @@ class Evaluate:
     model: str = ""  # "": the policy of the last whole round
     name: str = ""  # result goes to evaluation-<name>; "": evaluation
     samples: int = 16
+    temperature: float | None = None  # of sampling; none: rollout.temperature
+    measure: bool = True  # exact entropies, and the KL to the run's first policy, by a pass of train's workers
     select: Select = field(default_factory=Select)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """jobs/compare.py: every arm from one policy and one set of rollouts, with equal budgets."""
+
+    arms: tuple[str, ...] = (
+        "seed",
+        "sft",
+        "dpo",
+        "kto",
+        "tempered_dpo",
+        "entropo_dpo",
+        "entropo_kto",
+        "entropo_bco",
+        "divpo",
+    )
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the order of data, of pair draws and of the evaluation's sampling
+    ratios: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)  # lambda / beta of arms with entropy
+    steps: int = 16  # optimizer steps of every arm
+    against: str = "dpo"  # the arm that differences are taken to
 
 
 @dataclass(frozen=True)
@@ -208,6 +251,7 @@ class Run:
     sft: Sft = field(default_factory=Sft)
     verifier: Verifier = field(default_factory=Verifier)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    compare: Compare = field(default_factory=Compare)
 
 
 # What may differ between two starts of one run: speed, and what comes later.
@@ -215,6 +259,7 @@ MAY_CHANGE = (
     "rounds",
     "ray_cpus",
     "evaluate.",
+    "compare.",
     "pack.",
     "rollout.engines",
     "rollout.engine_kv_mb",
@@ -242,7 +287,8 @@ def load(schema: type[C], words: list[str]) -> C:
     merged = OmegaConf.structured(schema)
     for word in words:
         try:
-            merged = OmegaConf.merge(merged, _layer(word))
+            for layer in _layers(word):
+                merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ValueError(_complaint(schema, word, error)) from None
     missing = sorted(OmegaConf.missing_keys(merged))
@@ -253,6 +299,18 @@ def load(schema: type[C], words: list[str]) -> C:
     if check:
         _check(typing.cast(Run, config))
     return config
+
+
+def _layers(word: str, above: tuple[Path, ...] = ()) -> typing.Iterator[Any]:
+    """A word's settings, after those of the file that it includes (`include: FILE`, seen from its own place)."""
+    layer = _layer(word)
+    base = layer.pop("include", None) if isinstance(layer, DictConfig) else None
+    if base is not None:
+        path = Path(word).parent / str(base)
+        if path in above:
+            raise ValueError(f"{word}: include={base}: it includes itself")
+        yield from _layers(str(path), (*above, path))
+    yield layer
 
 
 def _layer(word: str) -> Any:
@@ -306,6 +364,12 @@ def _check(cfg: Run) -> None:
         (train.entropy >= 0, f"train.entropy={train.entropy}: must not be negative"),
         (train.beta + train.entropy > 0, "train.beta=0 and train.entropy=0: one of them must be positive"),
         (0 <= train.smoothing < 0.5, f"train.smoothing={train.smoothing}: must lie in [0, 0.5)"),
+        *_objective(train),
+        (cfg.preference.pairs_per_task >= 1, f"preference.pairs_per_task={cfg.preference.pairs_per_task}: at least 1"),
+        (
+            cfg.preference.weights == "none" or 1 <= cfg.preference.k <= cfg.rollout.samples,
+            f"preference.k={cfg.preference.k}: must lie between 1 and rollout.samples={cfg.rollout.samples}",
+        ),
         (agent.tool_s < agent.wall_s, f"rollout.agent.tool_s={agent.tool_s}: must be below wall_s={agent.wall_s}"),
         (
             agent.max_steps <= agent.max_steps_hard,
@@ -323,11 +387,13 @@ def _check(cfg: Run) -> None:
         ),
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
     ]
+    rules.append((min(cfg.compare.ratios, default=1) > 0, f"compare.ratios={list(cfg.compare.ratios)}: all above 0"))
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
         share = fit.workers * fit.micro_batch
         rules += [
             (fit.workers >= 1, f"{name}.workers={fit.workers}: must be at least 1"),
             (fit.lr > 0, f"{name}.lr={fit.lr}: must be above 0"),
+            (fit.steps >= 0, f"{name}.steps={fit.steps}: must not be negative"),
             (
                 share > 0 and fit.batch % share == 0,
                 f"{name}.batch={fit.batch}: must be a multiple of workers x micro_batch = {share}",
@@ -336,6 +402,66 @@ def _check(cfg: Run) -> None:
     for holds, complaint in rules:
         if not holds:
             raise ValueError(complaint)
+
+
+def _objective(train: Train) -> list[tuple[bool, str]]:
+    """Settings of the objective that contradict each other, each with what to do."""
+    pairs, labels = train.loss in ("dpo", "ipo"), train.loss in ("kto", "bco")
+    released, size = train.variant == "released", train.batch
+    numbers = ("beta", "entropy", "smoothing", "gap", "nll", "gamma", "weight_pass", "weight_fail", "drift")
+    rules = [(math.isfinite(getattr(train, n)), f"train.{n}={getattr(train, n)}: must be finite") for n in numbers]
+    low, high = train.entropy_min, train.entropy_max
+    return [
+        *rules,
+        (
+            train.loss != "ipo" or train.gap > 0,
+            f"train.gap={train.gap}: train.loss=ipo needs a gap above 0",
+        ),
+        (not labels or not train.gap, f"train.gap={train.gap}: is of pairs; train.loss={train.loss} has none"),
+        (not labels or not train.nll, f"train.nll={train.nll}: is of pairs; train.loss={train.loss} has none"),
+        (
+            train.turns != "branch" or pairs,
+            f"train.turns=branch: is of pairs; train.loss={train.loss} has none",
+        ),
+        (0 < train.gamma <= 1, f"train.gamma={train.gamma}: must lie in (0, 1]"),
+        (train.weight_pass > 0, f"train.weight_pass={train.weight_pass}: must be above 0"),
+        (train.weight_fail > 0, f"train.weight_fail={train.weight_fail}: must be above 0"),
+        (
+            train.z0 != "kto" or train.loss != "kto" or (size >= 2 and train.length == "raw" and train.turns == "all"),
+            f"train.z0=kto: needs train.batch of 2 or more (it is {size}), train.length=raw (it is {train.length}) and "
+            f"train.turns=all (it is {train.turns}); train.z0=exact works with any",
+        ),
+        (
+            train.z0 != "exact" or train.loss != "kto" or train.length != "mean",
+            "train.z0=exact: is no mean reward under train.length=mean; give train.z0=onpolicy, or another length",
+        ),
+        (
+            (train.z0 == "released") <= (released or train.loss != "kto"),
+            f"train.z0=released: belongs to train.variant=released (it is {train.variant})",
+        ),
+        (not released or train.loss in ("dpo", "kto"), f"train.variant=released: has no train.loss={train.loss}"),
+        (
+            not released or train.loss != "kto" or train.z0 == "released",
+            f"train.z0={train.z0}: train.variant=released has its own; give train.z0=released",
+        ),
+        (not released or train.length == "raw", f"train.length={train.length}: train.variant=released knows only raw"),
+        (not released or train.turns == "all", f"train.turns={train.turns}: train.variant=released knows only all"),
+        (
+            not released or not train.smoothing,
+            f"train.smoothing={train.smoothing}: train.variant=released ignores it; give train.smoothing=0",
+        ),
+        (
+            train.length_tokens is None or train.length_tokens > 0,
+            f"train.length_tokens={train.length_tokens}: must be above 0",
+        ),
+        (
+            train.entropy_target is None or (train.entropy_target > 0 and low <= train.entropy <= high and low > 0),
+            f"train.entropy_target={train.entropy_target}: must be above 0, with train.entropy={train.entropy} between "
+            f"train.entropy_min={low} (above 0) and train.entropy_max={high}",
+        ),
+        (train.drift > 0, f"train.drift={train.drift}: must be above 0"),
+        (0 <= train.ess_min < 1, f"train.ess_min={train.ess_min}: must lie in [0, 1)"),
+    ]
 
 
 def pin(cfg: Run) -> None:

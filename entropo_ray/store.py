@@ -31,6 +31,20 @@ class Round:
     reference: Path
     policy: Path
 
+    @property
+    def current(self) -> Path:
+        """Measures of the policy that is fitted, where it is not the reference."""
+        return self.policy.with_name("current")
+
+    @property
+    def swapped(self) -> Path:
+        """Trajectories whose last reply is another's (Example rows), and in `swapped_reference` their log-probs."""
+        return self.policy.with_name("swapped")
+
+    @property
+    def swapped_reference(self) -> Path:
+        return self.policy.with_name("swapped_reference")
+
 
 @dataclass(frozen=True)
 class Seed:
@@ -44,6 +58,7 @@ class Seed:
 class Evaluation:
     trajectories: Path
     executions: Path
+    measures: Path
     scores: Path
     choice: Path
     grades: Path
@@ -69,6 +84,7 @@ def evaluation_of(run_dir: str | Path, name: str = "") -> Evaluation:
     return Evaluation(
         home / "trajectories",
         home / "executions",
+        home / "measures",
         home / "scores",
         home / "choice",
         home / "grades",

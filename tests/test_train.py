@@ -66,6 +66,8 @@ def trajectory(key):
         behaviour_logp=tuple(0.0 for _ in ids),
         num_turns=1,
         num_actions=sum(mask),
+        num_tokens=9,
+        patch_class="",
         patch="",
         files=(),
         stop=Stop.AGENT,

@@ -24,6 +24,35 @@ class Row:
         """The row as if all but its first token were actions."""
         return replace(self, action_mask=np.arange(len(self.token_ids)) > 0)
 
+    def head(self, tokens: int | None) -> Row:
+        """The row cut to its first `tokens`; None: all of it."""
+        return replace(self, token_ids=self.token_ids[:tokens], action_mask=self.action_mask[:tokens])
+
+    def turns(self) -> list[tuple[int, int]]:
+        """(start, stop) of each turn's action tokens: an observation always stands between two replies."""
+        edges = np.flatnonzero(np.diff(self.action_mask, prepend=False, append=False))
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def swapped(row: Row, other: Row) -> Row:
+    """`row` up to its last reply, and there the last reply of `other`: an answer that does not belong to its prompt."""
+    start, (begin, stop) = row.turns()[-1][0], other.turns()[-1]
+    said = other.token_ids[begin:stop]
+    mask = np.concatenate([row.action_mask[:start], np.ones(len(said), dtype=bool)])
+    return Row(row.key, np.concatenate([row.token_ids[:start], said]), mask)
+
+
+def branch(one: Row, other: Row) -> tuple[int, int]:
+    """The turn of each row that first differs from the other row's: the one that holds the first other token, or the
+    next one where tools answered differently. ValueError, naming the keys, where none differs."""
+    shared = min(len(one.token_ids), len(other.token_ids))
+    apart = np.flatnonzero(one.token_ids[:shared] != other.token_ids[:shared])
+    first = int(apart[0]) if len(apart) else shared
+    places = [next((i for i, (_, stop) in enumerate(row.turns()) if stop > first), None) for row in (one, other)]
+    if places[0] is None or places[1] is None:
+        raise ValueError(f"{one.key} and {other.key}: no turn follows the token in which they part; train.turns=branch")
+    return places[0], places[1]
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -32,6 +61,7 @@ class Pack:
     keys: tuple[Key, ...]  # [B]
     lengths: tuple[int, ...]  # [B] tokens, sum T
     actions: tuple[int, ...]  # [B] action tokens, sum A
+    turns: tuple[tuple[int, ...], ...]  # [B][M] action tokens of each turn
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T], from 0 in each trajectory
     predictors: Tensor  # [A] the position before each action token: its hidden state predicts the token
@@ -59,6 +89,7 @@ def pack(rows: Sequence[Row]) -> Pack:
         keys=tuple(row.key for row in rows),
         lengths=lengths,
         actions=tuple(int(row.action_mask.sum()) for row in rows),
+        turns=tuple(tuple(stop - start for start, stop in row.turns()) for row in rows),
         input_ids=tokens[None],
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         predictors=where - 1,

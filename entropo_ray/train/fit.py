@@ -7,21 +7,32 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from entropo_ray import config, store
-from entropo_ray.records import Label, Pair, Policy
+from entropo_ray.records import Policy
 from entropo_ray.train import objective, rows
 from entropo_ray.train import reference as reference_pass
-from entropo_ray.train.batch import Key
-from entropo_ray.train.rows import Size
-from entropo_ray.train.step import STEPS, Job, Unit
+from entropo_ray.train.step import STEPS, Job, Start
+from entropo_ray.train.units import (
+    KINDS,
+    entropy_of,
+    fresh,
+    health,
+    keys_of,
+    kl_of,
+    length_of,
+    lost_share,
+    start_of,
+    swap,
+    unit,
+    units_of,
+    weight_file,
+)
 
 _RESTARTS = 3
 # glibc gives blocks of this size back to the kernel and faults them in again for every tensor of a step; a CPU rank
@@ -44,7 +55,7 @@ def imitate(
     than `max_tokens`, for two with one key, and where none is left.
     """
     found = rows.sizes(examples)
-    units = [_unit([key], found) for key in sorted(found) if found[key].actions]
+    units = [unit([key], found) for key in sorted(found) if found[key].actions]
     job = Job("example", policy, examples, tuple(units), cfg, seed, to, read_epochs=read_epochs)
     return _run(job, to) | {"dropped_rows": float(len(found) - len(units))}
 
@@ -55,78 +66,76 @@ def fit(
     """The EntroPO update of one round: whole Hugging Face weights at `to`.
 
     `out.preferences` names trajectories of `out.trajectories` by key; their reference log-probs are made first and kept
-    in `out.reference`. Raises ValueError for a key without a trajectory, a trajectory longer than `max_tokens` or
-    without action tokens, and where there is nothing to learn from.
+    in `out.reference`. Raises ValueError for a key without a trajectory, a trajectory longer than `max_tokens` (never
+    cut, unless train.variant is released) or without action tokens, and where there is nothing to learn from.
     """
-    found = rows.sizes(out.trajectories)
-    units = _pairs(out, found) if cfg.loss == "dpo" else _labels(out, found)
-    job = Job("pair" if cfg.loss == "dpo" else "label", policy, out.trajectories, tuple(units), cfg, seed, to)
+    cut = cfg.max_tokens if cfg.variant == "released" else None
+    found = rows.sizes(out.trajectories, cut)
+    units = units_of(out, cfg, found)
+    job = Job(KINDS[cfg.loss], policy, out.trajectories, tuple(units), cfg, seed, to, cut=cut)
     _check(job)
-    keys = sorted({key for unit in units for key in unit.keys})
-    reference_pass.score(reference, out.trajectories, keys, cfg, to=out.reference)
-    job = replace(job, reference=out.reference, length=_length(cfg, out.reference))
-    return _run(replace(job, baseline=_baseline(job, keys)), to)
+    if job.kind == "example":
+        return _run(job, to)
+    keys = sorted(key for key in found if found[key].actions) if cfg.entropy_target else keys_of(units)
+    reference_pass.score(reference, out.trajectories, keys, cfg, to=out.reference, cut=cut)
+    moved = policy.path != reference.path
+    if moved:
+        reference_pass.measure(policy, reference, out.trajectories, keys, cfg, to=out.current, cut=cut)
+    start = start_of(out, keys, found, moved=moved)
+    cfg = replace(cfg, entropy=_entropy_weight(policy, start, cfg))
+    length = length_of(cfg, start)
+    units, numbers = fresh(units, start, rows.behaviour(out.trajectories, keys_of(units), cut), cfg)
+    numbers |= health(units, start, cfg, length)
+    numbers |= {"entropy_start": entropy_of(start), "kl_start": kl_of(start), "entropy_weight": cfg.entropy}
+    numbers["lost_share"] = lost_share(keys_of(units), found)
+    job = replace(job, units=tuple(units), cfg=cfg, reference=out.reference, start=start, length=length)
+    job = _with_baseline(job, reference, out)
+    return numbers | _run(job, to)
 
 
-def _pairs(out: store.Round, found: Mapping[Key, Size]) -> list[Unit]:
-    pairs = sorted(store.read(out.preferences, Pair), key=lambda pair: (pair.task_id, pair.chosen, pair.rejected))
-    return [_unit([(pair.task_id, pair.chosen), (pair.task_id, pair.rejected)], found) for pair in pairs]
-
-
-def _labels(out: store.Round, found: Mapping[Key, Size]) -> list[Unit]:
-    labels = sorted(store.read(out.preferences, Label), key=lambda label: (label.task_id, label.sample))
-    return [_unit([(label.task_id, label.sample)], found, desirable=label.desirable) for label in labels]
-
-
-def _unit(keys: Iterable[Key], found: Mapping[Key, Size], *, desirable: bool = True) -> Unit:
-    keys = tuple(keys)
-    for key in keys:
-        if key not in found:
-            raise ValueError(f"preferences name {key}, which is not among the trajectories: make both again")
-    sizes = [found[key] for key in keys]
-    return Unit(
-        keys=keys,
-        actions=sum(size.actions for size in sizes),
-        tokens=sum(size.tokens for size in sizes),
-        squares=sum(size.tokens**2 for size in sizes),
-        desirable=desirable,
-        longest=max(size.tokens for size in sizes),
-        shortest=min(size.actions for size in sizes),
+def _entropy_weight(policy: Policy, start: Start, cfg: config.Train) -> float:
+    """lambda of this round: as configured, or what dual ascent makes of the last round's."""
+    if cfg.entropy_target is None:
+        return cfg.entropy
+    before = weight_file(policy.path)
+    last = json.loads(before.read_text())["entropy"] if before.is_file() else cfg.entropy
+    return objective.dual(
+        last,
+        entropy_of(start),
+        cfg.entropy_target,
+        step=cfg.entropy_step,
+        low=cfg.entropy_min,
+        high=cfg.entropy_max,
     )
+
+
+def _with_baseline(job: Job, reference: Policy, out: store.Round) -> Job:
+    """What kto's reference point needs beside the trajectories: the reference as a model, or swapped answers."""
+    cfg = job.cfg
+    assert isinstance(cfg, config.Train)
+    if cfg.loss != "kto":
+        return job
+    if cfg.z0 == "exact":
+        return replace(job, anchor=reference)
+    if cfg.z0 in ("kto", "released"):
+        keys = sorted(swap(out, job.units, seed=job.seed, cut=job.cut))
+        reference_pass.score(reference, out.swapped, keys, cfg, to=out.swapped_reference)
+        return replace(job, swapped=out.swapped, swapped_reference=out.swapped_reference)
+    return job
 
 
 def _check(job: Job) -> None:
     """Refuse what cannot be learnt from, before any machine is asked for."""
     if not job.units:
         raise ValueError(f"{job.trajectories}: no {job.kind} to learn from")
-    for unit in job.units:
-        if unit.longest > job.cfg.max_tokens:
+    for one in job.units:
+        if one.longest > job.cfg.max_tokens:
             raise ValueError(
-                f"one of {list(unit.keys)} has {unit.longest} tokens, more than max_tokens={job.cfg.max_tokens}: "
-                "raise it, or sample shorter episodes (trajectories are never cut)"
+                f"one of {list(one.keys)} has {one.longest} tokens, more than max_tokens={job.cfg.max_tokens}: "
+                "raise it, drop such trajectories (preference.max_tokens), or sample shorter episodes; none is cut"
             )
-        if not unit.shortest:
-            raise ValueError(f"one of {list(unit.keys)} has no action token: there is nothing in it to prefer")
-
-
-def _length(cfg: config.Train, reference: Path) -> dict[str, float]:
-    """Length options of the reward, fixed for the round from the reference's own view of its data."""
-    sums = rows.entropy_sums(reference).values()
-    nats, tokens = sum(nats for nats, _ in sums), sum(tokens for _, tokens in sums)
-    return {"raw": {}, "debias": {"hbar": nats / tokens}, "mean": {"scale": tokens / len(sums)}}[cfg.length]
-
-
-def _baseline(job: Job, keys: list[Key]) -> float:
-    """z0 before the first step: the mean reward of the round's trajectories while policy and reference agree."""
-    if job.kind != "label" or job.reference is None:
-        return 0.0
-    cfg = job.cfg
-    assert isinstance(cfg, config.Train)
-    logp = rows.references(job.reference, keys)
-    total = torch.tensor([float(logp[key].sum(dtype="float64")) for key in keys], dtype=torch.float64)
-    tokens = torch.tensor([len(logp[key]) for key in keys], dtype=torch.float64)
-    rewards = objective.reward(total, total, beta=cfg.beta, entropy=cfg.entropy, tokens=tokens, **(job.length or {}))
-    return float(rewards.mean())
+        if not one.shortest:
+            raise ValueError(f"one of {list(one.keys)} has no action token: there is nothing in it to prefer")
 
 
 def _run(job: Job, to: Path) -> dict[str, float]:
@@ -156,6 +165,8 @@ def _run(job: Job, to: Path) -> dict[str, float]:
     )
     trainer.fit()
     shutil.rmtree(partial / "ranks", ignore_errors=True)
+    if isinstance(cfg, config.Train):
+        weight_file(partial).write_text(json.dumps({"loss": cfg.loss, "beta": cfg.beta, "entropy": cfg.entropy}) + "\n")
     numbers = _numbers(partial / STEPS) | {"seconds": time.perf_counter() - started}
     store.publish(partial, to, policy=str(job.policy.path), seed=job.seed)
     return numbers
@@ -180,7 +191,7 @@ def _numbers(log: Path) -> dict[str, float]:
     """Means over steps; rows and tokens are summed, memory is the peak."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     numbers: dict[str, float] = {"steps": float(len(lines))}
-    for name in lines[0].keys() - {"step", "lr", "seconds", "pid"}:
+    for name in lines[0].keys() - {"step", "lr", "seconds", "pid", "weights"}:
         values = [line[name] for line in lines]
         total = sum(values)
         numbers[name] = total if name in _SUMS else max(values) if name == "peak_gib" else total / len(values)

@@ -1,6 +1,8 @@
-"""The reference pass: log-probs and entropies of action tokens under the reference, once a round, as a Ray Data stage.
+"""Scoring passes over finished trajectories, each a Ray Data stage keyed by task and sample.
 
-The same scorer, precision and attention as in training, so that a policy that equals its reference has margin 0.
+`score` leaves the reference's log-probs and entropies, once a round; `measure` leaves a policy's own, and its exact KL
+to another policy. The same scorer, precision and attention as in training, so that a policy that equals its reference
+has margin 0 and KL 0.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import ray.data
 import torch
 
 from entropo_ray import config, store
-from entropo_ray.records import Policy, Reference
+from entropo_ray.records import Measure, Policy, Reference
 from entropo_ray.train import rows
 from entropo_ray.train.batch import Key, pack
 from entropo_ray.train.logprob import Scorer
@@ -26,16 +28,62 @@ from entropo_ray.train.model import load
 _SOURCE = "source.json"
 
 
-def score(policy: Policy, trajectories: Path, keys: Sequence[Key], cfg: config.Fit, *, to: Path) -> None:
-    """A Reference row at `to` for each key.
+def score(
+    policy: Policy,
+    trajectories: Path,
+    keys: Sequence[Key] | None,
+    cfg: config.Fit,
+    *,
+    to: Path,
+    cut: int | None = None,
+) -> dict[str, float]:
+    """A Reference row at `to` for each key, of the first `cut` tokens of its trajectory; how many.
+
+    No keys: every trajectory that has an action token.
 
     What an earlier start left there is kept if it was made by the same policy in the same precision, and has all keys
     or is still growing.
     """
-    source = json.dumps({"reference": str(policy.path), "precision": cfg.precision})
+    return _pass(policy, None, trajectories, keys, cfg, to, cut)
+
+
+def measure(
+    policy: Policy,
+    other: Policy,
+    trajectories: Path,
+    keys: Sequence[Key] | None,
+    cfg: config.Fit,
+    *,
+    to: Path,
+    cut: int | None = None,
+) -> dict[str, float]:
+    """A Measure row at `to` for each key: `policy`'s log-probs and entropies, and its KL to `other`. Kept as above."""
+    return _pass(policy, other, trajectories, keys, cfg, to, cut)
+
+
+def _pass(
+    policy: Policy,
+    other: Policy | None,
+    trajectories: Path,
+    keys: Sequence[Key] | None,
+    cfg: config.Fit,
+    to: Path,
+    cut: int | None,
+) -> dict[str, float]:
+    if keys is None:
+        keys = sorted(key for key, size in rows.sizes(trajectories, cut).items() if size.actions)
+    source = json.dumps(
+        {
+            "policy": str(policy.path),
+            "other": other and str(other.path),
+            "of": str(trajectories),
+            "precision": cfg.precision,
+            "cut": cut,
+        }
+    )
     whole = store.done(to)
     if whole and _same(to, source) and store.keys(to) >= set(keys):
-        return
+        return {"scored": 0.0}
     if to.exists() and (whole or not _same(to, source)):
         shutil.rmtree(to)
     to.mkdir(parents=True, exist_ok=True)
@@ -43,21 +91,22 @@ def score(policy: Policy, trajectories: Path, keys: Sequence[Key], cfg: config.F
     scored = store.keys(to)
     missing = [key for key in keys if key not in scored]
     if missing:
-        _map(policy, trajectories, missing, cfg, to)
-    store.seal(to, Reference)
+        _map(missing, cfg, to, policy, other, trajectories, cut)
+    store.seal(to, Measure if other else Reference)
+    return {"scored": float(len(missing))}
 
 
 def _same(to: Path, source: str) -> bool:
     return (to / _SOURCE).is_file() and (to / _SOURCE).read_text() == source
 
 
-def _map(policy: Policy, trajectories: Path, keys: Sequence[Key], cfg: config.Fit, to: Path) -> None:
+def _map(keys: Sequence[Key], cfg: config.Fit, to: Path, *source: Any) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     items = ray.data.from_items([{"task_id": task_id, "sample": sample} for task_id, sample in keys])
     scored = items.map_batches(
         ReferenceScorer,
-        fn_constructor_args=(policy, trajectories, cfg, to),
+        fn_constructor_args=(cfg, to, *source),
         batch_size=2 * cfg.micro_batch,
         concurrency=cfg.workers,
         num_cpus=0.5,
@@ -70,24 +119,34 @@ def _map(policy: Policy, trajectories: Path, keys: Sequence[Key], cfg: config.Fi
 class ReferenceScorer:
     """Scores batches of keys. Rows are durable before a batch is reported."""
 
-    def __init__(self, policy: Policy, trajectories: Path, cfg: config.Fit, to: Path) -> None:
-        self.trajectories, self.to = trajectories, to
+    def __init__(
+        self, cfg: config.Fit, to: Path, policy: Policy, other: Policy | None, trajectories: Path, cut: int | None
+    ) -> None:
+        self.trajectories, self.to, self.cut = trajectories, to, cut
         self.device = "cuda" if cfg.worker_gpus else "cpu"
         if not cfg.worker_gpus:
             torch.set_num_threads(cfg.worker_threads or max(1, len(os.sched_getaffinity(0)) // cfg.workers))
         self.scorer = Scorer(load(policy, cfg)).eval().to(self.device)
+        self.other = Scorer(load(other, cfg)).eval().to(self.device) if other else None
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         keys = list(zip(batch["task_id"].tolist(), batch["sample"].tolist(), strict=True))
         found = rows.read(self.trajectories, keys)
-        packed = pack([found[key] for key in keys])
-        scores = self.scorer(packed.to(self.device))
-        split = [values.cpu().split(list(packed.actions)) for values in (scores.logp, scores.entropy)]
-        for key, logp, entropy in zip(keys, *split, strict=True):
-            record = Reference(
-                task_id=key[0], sample=key[1], ref_logp=tuple(logp.tolist()), ref_entropy=tuple(entropy.tolist())
-            )
+        packed = pack([found[key].head(self.cut) for key in keys]).to(self.device)
+        scores = self.scorer(packed, self.other.anchor(packed) if self.other else None)
+        columns = [scores.logp, scores.entropy, *([] if scores.kl is None else [scores.kl])]
+        split = [values.cpu().split(list(packed.actions)) for values in columns]
+        for key, *values in zip(keys, *split, strict=True):
             # a part for each key: an actor of a killed start that is still at work cannot leave a row twice
-            store.append(self.to, Reference, [record], key=key)
+            self._append(key, *(tuple(column.tolist()) for column in values))
         return {"rows": [len(keys)]}
+
+    def _append(self, key: Key, logp: tuple[float, ...], entropy: tuple[float, ...], *kl: tuple[float, ...]) -> None:
+        task_id, sample = key
+        if kl:
+            measured = Measure(task_id=task_id, sample=sample, logp=logp, entropy=entropy, kl=kl[0])
+            store.append(self.to, Measure, [measured], key=key)
+        else:
+            record = Reference(task_id=task_id, sample=sample, ref_logp=logp, ref_entropy=entropy)
+            store.append(self.to, Reference, [record], key=key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +19,19 @@ from entropo_ray.train.batch import Key, Row
 class Size:
     tokens: int
     actions: int
+    lost: int = 0  # action tokens behind the cut
 
 
-def sizes(product: Path) -> dict[Key, Size]:
-    """The size of every row. ValueError, naming the key, where two rows share one."""
+def sizes(product: Path, cut: int | None = None) -> dict[Key, Size]:
+    """The size of every row, or of its first `cut` tokens. ValueError, naming the key, where two rows share one."""
     found: dict[Key, Size] = {}
     for table in _tables(product, ["action_mask"]):
         for key, mask in zip(_keys(table), _arrays(table["action_mask"]), strict=True):
             if key in found:
                 raise ValueError(f"two rows of {product} share the key {key}: what is learnt from them is undefined")
-            found[key] = Size(tokens=len(mask), actions=int(mask.sum()))
+            kept = mask[:cut]
+            actions = int(kept.sum())
+            found[key] = Size(tokens=len(kept), actions=actions, lost=int(mask.sum()) - actions)
     return found
 
 
@@ -52,13 +55,25 @@ def references(product: Path, keys: Collection[Key]) -> dict[Key, np.ndarray]:
     return found
 
 
-def entropy_sums(product: Path) -> dict[Key, tuple[float, int]]:
-    """(sum of reference entropies in nats, number of action tokens) of every row."""
-    return {
-        key: (float(entropy.sum(dtype=np.float64)), len(entropy))
-        for table in _tables(product, ["ref_entropy"])
-        for key, entropy in zip(_keys(table), _arrays(table["ref_entropy"]), strict=True)
-    }
+def column_sums(product: Path, names: Sequence[str], keys: Collection[Key]) -> dict[str, dict[Key, float]]:
+    """Sums over tokens of list columns, in double: name -> key -> sum. ValueError, naming the first missing key."""
+    found: dict[str, dict[Key, float]] = {name: {} for name in names}
+    for table in _tables(product, list(names), keys):
+        for name in names:
+            sums = (float(values.sum(dtype=np.float64)) for values in _arrays(table[name]))
+            found[name].update(zip(_keys(table), sums, strict=True))
+    _check(found[names[0]].keys(), keys, product)
+    return found
+
+
+def behaviour(product: Path, keys: Collection[Key], cut: int | None = None) -> dict[Key, float]:
+    """Sums of the sampler's own log-probs, in nats at T = 1. ValueError, naming the first missing key."""
+    found: dict[Key, float] = {}
+    for table in _tables(product, ["behaviour_logp"], keys):
+        sums = (float(values[:cut].sum(dtype=np.float64)) for values in _arrays(table["behaviour_logp"]))
+        found.update(zip(_keys(table), sums, strict=True))
+    _check(found.keys(), keys, product)
+    return found
 
 
 def _check(found: Collection[Key], keys: Collection[Key], product: Path) -> None:

@@ -6,12 +6,14 @@ Rank 0 writes one line a step to steps.jsonl, and the weights at the end.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import resource
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,15 +24,15 @@ from ray.train import Checkpoint
 from torch import Tensor
 
 from entropo_ray import config
-from entropo_ray.train import rows
+from entropo_ray.train import objective, rows
+from entropo_ray.train.baseline import Baseline, Seen
 from entropo_ray.train.batch import Key, Row, pack
 from entropo_ray.train.logprob import Scorer
 from entropo_ray.train.model import load, save
 from entropo_ray.train.plan import Slot, Step, plan
-from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, totals
+from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, ratios, totals, turns_of
 
 _BETAS = (0.9, 0.95)
-_Z0_DECAY = 0.9
 _TAG = "state"
 
 
@@ -48,18 +50,24 @@ class Fitting:
         torch.manual_seed(job.seed)
         self.model = load(job.policy, self.cfg)
         self.steps = self._plan()
-        self.reading = len(self.steps) * job.read_epochs // self.cfg.epochs  # steps; all epochs have as many
-        self.rows, self.reference = self._read()
+        self.reading = job.read_epochs * math.ceil(len(job.units) / self.cfg.batch)  # steps
+        self.rows, self.reference = self._read(job.trajectories, job.reference)
+        self.swapped: dict[Key, Row] = {}
+        if job.swapped:
+            self.swapped, self.swapped_reference = self._read(job.swapped, job.swapped_reference)
         self.engine = _engine(Scorer(self.model).train(), self.cfg)
-        self.baseline = job.baseline
+        self.anchor = Scorer(load(job.anchor, self.cfg)).eval().to(self.engine.device) if job.anchor else None
+        self.baseline = Baseline(job) if job.kind == "label" else None
+        self.seen: list[Seen] = []  # of the step that runs
 
     def _plan(self) -> list[Step]:
         weights = self.model.num_parameters(exclude_embeddings=True)
         costs = [cost(unit, weights, self.model.config) for unit in self.job.units]
-        return [
-            step
-            for epoch in range(self.cfg.epochs)
-            for step in plan(
+        steps: list[Step] = []
+        for epoch in itertools.count():
+            if len(steps) >= self.cfg.steps if self.cfg.steps else epoch == self.cfg.epochs:
+                break
+            steps += plan(
                 costs,
                 ranks=self.ranks,
                 batch=self.cfg.batch,
@@ -68,23 +76,23 @@ class Fitting:
                 round=self.job.policy.round,
                 epoch=epoch,
             )
-        ]
+        return steps[: self.cfg.steps or None]
 
-    def _read(self) -> tuple[dict[Key, Row], dict[Key, Tensor]]:
-        """This rank's trajectories, and their reference log-probs where the job has a reference."""
+    def _read(self, product: Path, reference: Path | None) -> tuple[dict[Key, Row], dict[Key, Tensor]]:
+        """This rank's trajectories, and their reference log-probs where there is a reference."""
         mine = {slot.unit for step in self.steps for micro in step for slot in micro[self.rank]}
         keys = {key for unit in mine for key in self.job.units[unit].keys}
-        found = rows.read(self.job.trajectories, keys)
-        if self.job.reference is None:
+        found = {key: row.head(self.job.cut) for key, row in rows.read(product, keys).items()}
+        if reference is None:
             return found, {}
-        reference = rows.references(self.job.reference, keys)
+        scored = rows.references(reference, keys)
         for key, row in found.items():
-            if len(reference[key]) != int(row.action_mask.sum()):
+            if len(scored[key]) != int(row.action_mask.sum()):
                 raise ValueError(
-                    f"{self.job.reference}: {key} has {len(reference[key])} reference log-probs for "
+                    f"{reference}: {key} has {len(scored[key])} reference log-probs for "
                     f"{int(row.action_mask.sum())} action tokens: it was made from other trajectories; delete it"
                 )
-        return found, {key: torch.from_numpy(values) for key, values in reference.items()}
+        return found, {key: torch.from_numpy(values) for key, values in scored.items()}
 
     def run(self) -> None:
         for number in range(self._resume(), len(self.steps)):
@@ -114,9 +122,22 @@ class Fitting:
                 mine[name] = mine.get(name, 0.0) + value
         line = self._means(mine, share)
         line |= {"step": number, "lr": lr, "peak_gib": _peak_gib(), "pid": os.getpid()} | self._grad_norm(number)
-        if self.job.kind == "label":
-            line["z0"] = self.baseline
-            self.baseline = _Z0_DECAY * self.baseline + (1 - _Z0_DECAY) * line["reward"]
+        return line | self._seen()
+
+    def _seen(self) -> dict[str, Any]:
+        """What all ranks saw of the step's units goes into the baseline, and into the line as a histogram."""
+        everyone: list[list[Seen]] = [[] for _ in range(self.ranks)]
+        dist.all_gather_object(everyone, self.seen)
+        self.seen = []
+        seen = sorted((one for mine in everyone for one in mine), key=lambda one: one.unit)
+        if not seen:
+            return {}
+        # of sigma(-margin), in ten bins: the weight with which a unit still pulls
+        weights = torch.sigmoid(-torch.tensor([one.margin for one in seen], dtype=torch.float64))
+        line: dict[str, Any] = {"weights": torch.histc(weights, bins=10, min=0.0, max=1.0).int().tolist()}
+        if self.baseline:
+            line |= {"z0": self.baseline.value, "z0_alone": float(self.baseline.alone)}
+            self.baseline.update(seen)
         return line
 
     def _share(self, step: Step, reading: bool) -> float:
@@ -128,20 +149,56 @@ class Fitting:
 
     def _micro_step(self, slots: tuple[Slot, ...], scale: float, reading: bool) -> dict[str, float]:
         batch = self._forward(slots, reading)
-        loss = LOSSES[self.job.kind](batch, self.job, self.baseline)
+        exchanged = self._exchanged(batch) if self.swapped else None
+        loss = LOSSES[self.job.kind](batch, self.job, self._point(slots, exchanged))
         if not bool(torch.isfinite(loss.values).all()):
             raise FloatingPointError(f"the loss is {loss.values.tolist()} for {[unit.keys for unit in batch.units]}")
         # DeepSpeed divides by the accumulation and averages over ranks; `scale` makes it a mean over the whole step
-        self.engine.backward((batch.weights * loss.values).sum() * scale)
+        self.engine.backward((batch.importance * loss.values).sum() * scale)
         self.engine.step()
+        self._note(slots, loss, exchanged)
         return totals(batch, loss)
+
+    def _exchanged(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[U] log pi and log pi_ref of each unit's trajectory with another's last reply."""
+        packed = pack([self.swapped[unit.keys[0]] for unit in batch.units]).to(self.engine.device)
+        with torch.no_grad():
+            return ratios(packed, self.engine(packed), self.swapped_reference)
+
+    def _point(self, slots: tuple[Slot, ...], exchanged: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The reference point of each label; a placeholder for what has none."""
+        if self.baseline is None:
+            return torch.zeros(len(slots), dtype=torch.float64)
+        cfg = self.cfg
+        assert isinstance(cfg, config.Train)
+        if exchanged is None or cfg.variant != "released":
+            return self.baseline.of([slot.unit for slot in slots])
+        # as published: of this very micro-batch, the mean of the ranks' means
+        total = torch.stack([values.mean() for values in exchanged])
+        dist.all_reduce(total)
+        logp, ref_logp = torch.split(total / self.ranks, 1)
+        self.baseline.value = float(objective.z0_released(logp, ref_logp, beta=cfg.beta, entropy=cfg.entropy))
+        return torch.full((len(slots),), self.baseline.value, dtype=torch.float64)
+
+    def _note(self, slots: tuple[Slot, ...], loss: objective.Loss, exchanged: tuple[Tensor, Tensor] | None) -> None:
+        measures = {name: values.tolist() for name, values in loss.measures.items()}
+        if "margin" not in measures:
+            return
+        if exchanged:
+            measures["ratio"] = (exchanged[0] - exchanged[1]).tolist()
+        names = [name for name in ("reward", "margin", "nats", "z0_exact", "ratio") if name in measures]
+        for place, slot in enumerate(slots):
+            if slot.weight:
+                self.seen.append(Seen(unit=slot.unit, **{name: measures[name][place] for name in names}))
 
     def _forward(self, slots: tuple[Slot, ...], reading: bool) -> Batch:
         units = tuple(self.job.units[slot.unit] for slot in slots)
         keys = dict.fromkeys(key for unit in units for key in unit.keys)
         read = [self.rows[key].read() if reading else self.rows[key] for key in keys]
         packed = pack(read).to(self.engine.device)
-        return batch_of(packed, self.engine(packed), units, [slot.weight for slot in slots], self.reference)
+        scores = self.engine(packed, self.anchor.anchor(packed) if self.anchor else None)
+        turns = tuple(turns_of(unit, self.rows, self.cfg) for unit in units)
+        return batch_of(packed, scores, units, [slot.weight for slot in slots], self.reference, turns)
 
     def _means(self, mine: dict[str, float], share: float) -> dict[str, float]:
         """Means over the step's units (entropy: over action tokens) and plain counts, of all ranks together."""
@@ -166,13 +223,16 @@ class Fitting:
 
     def _checkpoint(self, step: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            self.engine.save_checkpoint(folder, tag=_TAG, client_state={"step": step, "baseline": self.baseline})
+            self.engine.save_checkpoint(folder, tag=_TAG, client_state={"step": step, "baseline": self._state()})
             # every rank reports equally often: this is a barrier
             ray.train.report(
                 {"step": step},
                 checkpoint=Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step_{step:06d}",
             )
+
+    def _state(self) -> dict[str, Any]:
+        return self.baseline.state() if self.baseline else {}
 
     def _resume(self) -> int:
         """The step to begin with: 0, or that of the last checkpoint after a rank was lost."""
@@ -181,7 +241,9 @@ class Fitting:
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 _, state = self.engine.load_checkpoint(folder, tag=_TAG)
-            step, self.baseline = state["step"], state["baseline"]
+            step = state["step"]
+            if self.baseline:
+                self.baseline.restore(state["baseline"])
         if self.rank == 0:
             log = self.job.to / STEPS
             lines = log.read_text().splitlines(keepends=True)[:step] if log.is_file() else []
