@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
 import json
 import math
-import re
-import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +25,7 @@ import ray.exceptions
 from numpy.typing import NDArray
 
 from entropo_ray import config, grade, observe, select, store
+from entropo_ray.patches import normalised
 from entropo_ray.records import (
     Candidate,
     Choice,
@@ -109,35 +107,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n = only_first + only_second
     tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1)) / 2**n
     return float(min(1.0, 2 * tail))
-
-
-def normalised(patch: str) -> str:
-    """A patch as a word for counting: changed lines of product files without white space and Python comments."""
-    changed: list[str] = []
-    path = ""
-    for line in patch.splitlines():
-        if line.startswith("diff --git "):
-            path = line.rpartition(" b/")[2]
-        elif line.startswith(("+", "-")) and not line.startswith(("+++ ", "--- ")) and not _is_test(path):
-            code = _code(line[1:]) if path.endswith(".py") else "".join(line[1:].split())
-            if code:
-                changed.append(f"{path}{line[0]}{code}")
-    return "\n".join(changed)
-
-
-def _is_test(path: str) -> bool:
-    return re.search(r"(^|/)(tests?/|conftest\.py$|test_[^/]*$|[^/]*_test\.\w+$)", path) is not None
-
-
-def _code(line: str) -> str:
-    words: list[str] = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(line.strip()).readline):
-            if token.type != tokenize.COMMENT:
-                words.append("".join(token.string.split()))
-    except (tokenize.TokenError, SyntaxError):
-        return "".join(line.split())  # one line of several, e.g. inside a long string
-    return "".join(words)
 
 
 # ------------------------------------------------------------------------------------------------- evidence, by key

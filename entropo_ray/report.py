@@ -10,7 +10,6 @@ import functools
 import html
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,12 +18,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from entropo_ray import chat, config, observe, store, tasks
+from entropo_ray import chat, config, observe, page, store, tasks
 from entropo_ray.records import Attempt, Grade, Task, Trajectory, Turn
 
 _SHOWN_TASKS = 3  # with both sides, in the latest round: their best and worst attempt become pages
 _FOLD_LINES = 40  # longer observations are folded
-_POINTS = 200  # of one curve; longer ones are averaged
 _MISSING = "–"
 
 
@@ -201,110 +199,7 @@ def _time(seconds: float | None) -> str:
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One curve; `errors` are half widths of intervals around `ys`, or nothing."""
-
-    name: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    errors: Sequence[float] = ()
-
-
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 330, 190, 44, 70, 12, 30
 # dark enough for print, told apart by lightness and by dashes, not by hue alone
-_INKS = (("#1d4e89", ""), ("#b4541a", "5 3"), ("#3f7d4e", "2 2"), ("#7a4a8c", "8 3 2 3"))
-
-
-def plot(series: Sequence[Series], *, x: str, zero: bool = False, whole: bool = False) -> str:
-    """An SVG of a few curves with their names at their ends. `zero`: y starts at 0; `whole`: x has whole numbers."""
-    drawn = [s for s in series if len(s.xs)]
-    if not drawn:
-        return ""
-    spans = [(y - e, y + e) for s in drawn for y, e in zip(s.ys, s.errors or [0.0] * len(s.ys), strict=True) if y == y]
-    low, high = min((a for a, _ in spans), default=0.0), max((b for _, b in spans), default=1.0)
-    ticks = _ticks(0.0 if zero else low, high)
-    xticks = _ticks(min(min(s.xs) for s in drawn), max(max(s.xs) for s in drawn), whole=whole)
-    across = _scale(min(min(s.xs) for s in drawn), max(max(s.xs) for s in drawn), _LEFT, _WIDTH - _RIGHT)
-    up = _scale(min(ticks[0], low), max(ticks[-1], high), _HEIGHT - _BOTTOM, _TOP)
-    parts = [_grid(ticks, up), *(_mark(v, across(v)) for v in xticks if across(v) <= _WIDTH - _RIGHT + 0.5)]
-    parts += [_curve(s, i, across, up) for i, s in enumerate(drawn)]
-    parts += _names(drawn, up)
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 3}" text-anchor="middle" class="axis">{html.escape(x)}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
-
-
-def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
-    """From [low, high] to pixels; a single value lies in the middle."""
-    if high == low:
-        return lambda _: (start + stop) / 2
-    return lambda value: start + (value - low) / (high - low) * (stop - start)
-
-
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Three to six round numbers that cover [low, high]."""
-    span = high - low
-    if span <= 0:
-        return [low] if whole else [low - 0.5 * (abs(low) or 1), low, low + 0.5 * (abs(low) or 1)]
-    rough = span / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough)
-    step = max(1.0, math.ceil(step)) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def _grid(ticks: Sequence[float], up: Callable[[float], float]) -> str:
-    return "".join(
-        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(v):.1f}" y2="{up(v):.1f}" class="grid"/>'
-        f'<text x="{_LEFT - 6}" y="{up(v) + 3:.1f}" text-anchor="end" class="tick">{_tick(v)}</text>'
-        for v in ticks
-    )
-
-
-def _mark(value: float, x: float) -> str:
-    return f'<text x="{x:.1f}" y="{_HEIGHT - 16}" text-anchor="middle" class="tick">{_tick(value)}</text>'
-
-
-def _tick(value: float) -> str:
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _curve(series: Series, number: int, across: Callable[[float], float], up: Callable[[float], float]) -> str:
-    ink, dash = _INKS[number % len(_INKS)]
-    points = [(across(x), up(y)) for x, y in zip(series.xs, series.ys, strict=True) if y == y]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    parts = [f'<polyline points="{line}" stroke="{ink}" stroke-dasharray="{dash}" class="curve"/>']
-    for (x, _), y, e in zip(points, series.ys, series.errors, strict=False):
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{up(y - e):.1f}" y2="{up(y + e):.1f}" stroke="{ink}"/>')
-    if len(points) <= 12:
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{ink}"/>' for x, y in points]
-    return "".join(parts)
-
-
-def _names(series: Sequence[Series], up: Callable[[float], float]) -> list[str]:
-    """The curves' names beside their last points, moved apart where they would lie on each other."""
-    ends = sorted((up(s.ys[-1]), i) for i, s in enumerate(series) if s.ys[-1] == s.ys[-1])
-    parts, floor = [], 0.0
-    for y, i in ends:
-        floor = max(y, floor + 12)
-        ink = _INKS[i % len(_INKS)][0]
-        name = html.escape(series[i].name)
-        parts.append(f'<text x="{_WIDTH - _RIGHT + 7}" y="{floor + 3:.1f}" fill="{ink}" class="name">{name}</text>')
-    return parts
-
-
-def _thin(values: Sequence[float]) -> list[float]:
-    """At most _POINTS means of neighbours."""
-    size = math.ceil(len(values) / _POINTS)
-    return [fmean(values[i : i + size]) for i in range(0, len(values), size)] if size > 1 else list(values)
-
-
-def _figure(title: str, picture: str, note: str = "") -> str:
-    """A plot under its title; nothing for nothing."""
-    said = f"<small>{note}</small>" if note else ""
-    return f"<figure><figcaption>{html.escape(title)}{said}</figcaption>{picture}</figure>" if picture else ""
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -316,43 +211,13 @@ def write(run_dir: str | Path) -> Path:
     rows, lines = rounds(home), observe.lines(home)
     parts = [
         _headline(home, rows),
-        _section("Rounds", _rounds(rows) + _round_plots(rows)),
-        _section("Held-out tasks", _evaluations(home)),
-        _section("Training", _training(home, len(rows))),
-        _section("Attempts to read", _attempts(home, rows)),
-        _section("Stages", _stages(lines)),
+        page.section("Rounds", _rounds(rows) + _round_plots(rows)),
+        page.section("Held-out tasks", _evaluations(home)),
+        page.section("Training", _training(home, len(rows))),
+        page.section("Attempts to read", _attempts(home, rows)),
+        page.section("Stages", _stages(lines)),
     ]
-    return _save(home / "report.html", _page(f"{home.name} · report", "".join(parts)))
-
-
-def _save(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    return path
-
-
-def _page(title: str, body: str) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>{body}</body></html>\n"
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>\n" if body else ""
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, words: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; the columns `words` hold text, the others numbers."""
-    mark = [' class="word"' if i in words else "" for i in range(len(heads))]
-    head = "".join(f"<th{m}>{h}</th>" for m, h in zip(mark, heads, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{m}>{cell}</td>" for m, cell in zip(mark, row, strict=True)) + "</tr>\n" for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return page.save(home / "report.html", page.page(f"{home.name} · report", "".join(parts)))
 
 
 def _headline(home: Path, rows: Sequence[Row]) -> str:
@@ -382,7 +247,7 @@ def _rounds(rows: Sequence[Row]) -> str:
         "resolves the task; best@k: the one chosen by visible tests does. Entropy: nats per sampled token. "
         "Lost attempts have no grade and do not count."
     )
-    return _table(_heads(rows), body) + f'<p class="note">{note}</p>'
+    return page.table(_heads(rows), body) + f'<p class="note">{note}</p>'
 
 
 def _round_plots(rows: Sequence[Row]) -> str:
@@ -391,19 +256,22 @@ def _round_plots(rows: Sequence[Row]) -> str:
     at = [float(row.round) for row in rows]
     k = max(row.samples for row in rows)
     resolved = [
-        Series("pass@1", at, [row.pass_1 for row in rows], [row.pass_1_error for row in rows]),
-        Series(f"pass@{k}", at, [row.pass_k for row in rows]),
+        page.Series("pass@1", at, [row.pass_1 for row in rows], [row.pass_1_error for row in rows]),
+        page.Series(f"pass@{k}", at, [row.pass_k for row in rows]),
         _present(f"best@{k}", rows, lambda row: row.best_k),
     ]
-    taught = [_present("pairs", rows, lambda row: row.pairs), Series("both sides", at, [float(r.both) for r in rows])]
+    taught = [
+        _present("pairs", rows, lambda row: row.pairs),
+        page.Series("both sides", at, [float(r.both) for r in rows]),
+    ]
     spent = [_present(name, rows, functools.partial(_minutes, stage=name)) for name in ("sample", "fit")]
-    draw = functools.partial(plot, x="round", whole=True)
+    draw = functools.partial(page.plot, x="round", whole=True)
     entropy = _present("entropy", rows, lambda row: row.entropy)
     figures = [
-        _figure("Resolved, share of tasks", draw(resolved, zero=True)),
-        _figure("Entropy, nats per token", draw([entropy], zero=True)),
-        _figure("Tasks and pairs that teach", draw(taught, zero=True)),
-        _figure("Time, minutes", draw(spent, zero=True)),
+        page.figure("Resolved, share of tasks", draw(resolved, zero=True)),
+        page.figure("Entropy, nats per token", draw([entropy], zero=True)),
+        page.figure("Tasks and pairs that teach", draw(taught, zero=True)),
+        page.figure("Time, minutes", draw(spent, zero=True)),
     ]
     return f'<div class="figures two">{"".join(figures)}</div>'
 
@@ -412,10 +280,10 @@ def _minutes(row: Row, *, stage: str) -> float | None:
     return row.seconds[stage] / 60 if stage in row.seconds else None
 
 
-def _present(name: str, rows: Sequence[Row], value: Callable[[Row], float | None]) -> Series:
+def _present(name: str, rows: Sequence[Row], value: Callable[[Row], float | None]) -> page.Series:
     """A curve over the rounds that have the value."""
     found = [(float(row.round), float(v)) for row in rows if (v := value(row)) is not None]
-    return Series(name, [x for x, _ in found], [y for _, y in found])
+    return page.Series(name, [x for x, _ in found], [y for _, y in found])
 
 
 _CURVES = {
@@ -436,14 +304,14 @@ def _training(home: Path, count: int) -> str:
     preference = {name: _steps(path) for name, path in logs.items() if path.is_file()}
     others = {"imitation": store.seed_of(home).policy, "verifier": store.verifier_of(home)}
     figures = [
-        _figure(title, plot([_steps_of(key, n, s) for n, s in preference.items()], x="step", whole=True))
+        page.figure(title, page.plot([_steps_of(key, n, s) for n, s in preference.items()], x="step", whole=True))
         for key, title in _CURVES.items()
     ]
     for name, policy in others.items():
         path = policy / "steps.jsonl"
         if path.is_file():
             curve = _steps_of("loss", name, _steps(path))
-            figures.append(_figure(f"Loss of {name}", plot([curve], x="step", zero=True, whole=True)))
+            figures.append(page.figure(f"Loss of {name}", page.plot([curve], x="step", zero=True, whole=True)))
     drawn = "".join(figures)
     return f'<div class="figures">{drawn}</div>' if drawn else ""
 
@@ -452,9 +320,9 @@ def _steps(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _steps_of(key: str, name: str, steps: Sequence[Mapping[str, float]]) -> Series:
+def _steps_of(key: str, name: str, steps: Sequence[Mapping[str, float]]) -> page.Series:
     points = [(float(step.get("step", i)), float(step[key])) for i, step in enumerate(steps) if key in step]
-    return Series(name, _thin([x for x, _ in points]), _thin([y for _, y in points]))
+    return page.Series(name, page.thin([x for x, _ in points]), page.thin([y for _, y in points]))
 
 
 def _stages(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -474,7 +342,7 @@ def _stages(lines: Sequence[Mapping[str, Any]]) -> str:
                 f"{end}<small>{html.escape(said)}</small>",
             ]
         )
-    return _table(["end, UTC", "round", "stage", "time", "numbers"], rows, words=(0, 2, 4)) if rows else ""
+    return page.table(["end, UTC", "round", "stage", "time", "numbers"], rows, words=(0, 2, 4)) if rows else ""
 
 
 # --- held-out tasks --------------------------------------------------------------------------------------------------
@@ -490,7 +358,7 @@ def _evaluations(home: Path) -> str:
         for name in names
     ]
     note = '<p class="note">In brackets: 95 % intervals over tasks.</p>'
-    return _table(heads, rows, words=(0,)) + note if rows else ""
+    return page.table(heads, rows, words=(0,)) + note if rows else ""
 
 
 def _title(stem: str) -> str:
@@ -545,7 +413,7 @@ def _attempts(home: Path, rows: Sequence[Row]) -> str:
         ]
         for good, bad in chosen
     ]
-    return _table([f"task of round {t}", "best", "worst"], lines, words=(0, 1, 2)) if lines else ""
+    return page.table([f"task of round {t}", "best", "worst"], lines, words=(0, 1, 2)) if lines else ""
 
 
 def contrasts(attempts: Iterable[Attempt]) -> list[tuple[Attempt, Attempt]]:
@@ -575,7 +443,7 @@ def _pages(home: Path, t: int, keys: Sequence[tuple[str, int]]) -> dict[tuple[st
         name = f"round-{t:02d}-{re.sub(r'[^A-Za-z0-9.]+', '-', attempt.task_id)}-{attempt.sample}.html"
         decode = words if attempt.kind == "model" else None
         body = _conversation(attempt, suite.get(attempt.task_id), decode)
-        pages[attempt.task_id, attempt.sample] = _save(home / "report" / name, _page(attempt.task_id, body))
+        pages[attempt.task_id, attempt.sample] = page.save(home / "report" / name, page.page(attempt.task_id, body))
     return pages
 
 
@@ -597,17 +465,17 @@ def _conversation(attempt: Trajectory, task: Task | None, decode: Decode | None)
         f"stopped: {attempt.stop}{f' ({html.escape(attempt.reason)})' if attempt.reason else ''}",
         f"{attempt.num_turns} turns",
         f"{len(attempt.token_ids)} tokens, {attempt.num_actions} sampled at T {attempt.temperature:g}",
-        f"mean log-probability {_tick(round(_mean(said), 3))} nats",
+        f"mean log-probability {page.tick(round(_mean(said), 3))} nats",
         observe.duration(attempt.wall_s),
     ]
     note = '<p class="note">The darker a token, the less probable it was to the policy.</p>' if decode else ""
     parts = [
         '<nav><a href="../report.html">report</a></nav>',
         f"<header><h1>{html.escape(attempt.task_id)}</h1><p>{' · '.join(facts)}</p>{note}</header>",
-        _section("Issue", f"<pre>{html.escape(task.problem)}</pre>" if task else ""),
+        page.section("Issue", f"<pre>{html.escape(task.problem)}</pre>" if task else ""),
         *(_turn(attempt, number, turn, decode) for number, turn in enumerate(attempt.turns, 1)),
-        _section("Patch", _patch(attempt.patch)),
-        _section("Verdict", _verdict(attempt)),
+        page.section("Patch", _patch(attempt.patch)),
+        page.section("Verdict", _verdict(attempt)),
     ]
     return "".join(parts)
 
@@ -677,52 +545,3 @@ def _verdict(attempt: Trajectory) -> str:
     failed = "".join(f"<li>{html.escape(test)}</li>" for test in verdict.failed)
     reason = f"<p>{html.escape(verdict.reason)}</p>" if verdict.reason else ""
     return f"<p>{said}</p>{reason}{f'<ul>{failed}</ul>' if failed else ''}"
-
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1f2328; --soft: #656d76; --line: #d9dde2; --wash: #f6f7f8; --link: #1d4e89 }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: #fff;
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-header p { margin: .2rem 0; max-width: 60rem }
-h1 { font-size: 1.7rem; font-weight: 600; letter-spacing: -.01em; margin: 0 0 .5rem; overflow-wrap: anywhere }
-h2 { font-size: 1.1rem; font-weight: 600; margin: 2.4rem 0 .7rem; padding-bottom: .3rem;
-  border-bottom: 1px solid var(--line) }
-h3 { font-size: .95rem; font-weight: 600; margin: 1.6rem 0 .4rem }
-a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: 2px }
-small, .note { color: var(--soft); font-size: .82rem; font-weight: 400 }
-.note { max-width: 52rem; margin: .6rem 0 0 }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th { font-weight: 500; color: var(--soft); vertical-align: bottom }
-th, td { padding: .32rem .9rem .32rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-td { vertical-align: top }
-th.word, td.word { text-align: left }
-td.word:last-child { white-space: normal; min-width: 18rem }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1.2rem 1.6rem;
-  margin-top: 1.2rem }
-.two { grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); max-width: 62rem }
-figure { margin: 0; break-inside: avoid }
-figcaption { font-size: .87rem; font-weight: 500; margin-bottom: .3rem }
-svg { display: block; width: 100%; height: auto; max-width: 27rem }
-svg text { font: 10.5px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif }
-.grid { stroke: #e6e9ec; stroke-width: 1 }
-.curve { fill: none; stroke-width: 1.7; stroke-linejoin: round }
-.tick, .axis { fill: #656d76 }
-.name { font-weight: 500 }
-pre { margin: 0; padding: .7rem .9rem; overflow-wrap: anywhere; white-space: pre-wrap; background: var(--wash);
-  border-radius: 4px; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
-pre.reply { background: #fff; border: 1px solid var(--line) }
-pre.seen { margin-top: .4rem; color: #3b424a }
-pre span { print-color-adjust: exact; -webkit-print-color-adjust: exact }
-.add { color: #1a6a35 } .cut { color: #a1302a } .hunk { color: var(--soft) }
-details { margin-top: .4rem } summary { cursor: pointer; color: var(--soft); font-size: .82rem }
-ul { margin: .3rem 0; padding-left: 1.2rem }
-@media (max-width: 34rem) { .figures, .two { grid-template-columns: 1fr } }
-@media print {
-  body { max-width: none; padding: 0; font-size: 11px }
-  h2 { break-after: avoid } tr { break-inside: avoid } .wide { overflow: visible } nav { display: none }
-  .figures, .two { grid-template-columns: repeat(2, 1fr) }
-  table { font-size: 9px } th, td { padding-right: .5rem }
-}
-"""

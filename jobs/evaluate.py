@@ -10,16 +10,18 @@ import dataclasses
 import json
 from typing import Any
 
-from entropo_ray import config, evaluate, observe, store, tasks
+from entropo_ray import chat, config, diversity, evaluate, observe, store, tasks
 from entropo_ray.records import Policy
 from entropo_ray.rollout.sample import sample
+from entropo_ray.train.reference import measure
 from entropo_ray.verify.app import score
 
 
 def run(cfg: config.Run) -> dict[str, float]:
     ask, stage = cfg.evaluate, observe.stages(cfg.run_dir)
     suite = tasks.load(ask.tasks)
-    rollout = dataclasses.replace(cfg.rollout, tasks=None)  # every task, not one round's draw
+    heat = ask.temperature or cfg.rollout.temperature
+    rollout = dataclasses.replace(cfg.rollout, tasks=None, temperature=heat)  # every task, not one round's draw
     out, judge = store.evaluation_of(cfg.run_dir, ask.name), store.verifier_of(cfg.run_dir)
     policy = store.policy(ask.model) if ask.model else store.last_policy(cfg.run_dir, start=cfg.model)
     evaluate.pin(out, asked(ask, policy))
@@ -29,6 +31,9 @@ def run(cfg: config.Run) -> dict[str, float]:
     if not store.done(out.executions):
         with stage("execute") as numbers:
             numbers |= evaluate.execute(out.trajectories, suite, rollout, to=out.executions)
+    if ask.measure and not store.done(out.measures):
+        with stage("measure") as numbers:
+            numbers |= measure(policy, store.policy(cfg.model), out.trajectories, None, cfg.train, to=out.measures)
     if not store.done(judge):
         observe.log.info("verify  skipped: no verifier in %s (jobs/verifier.py makes one)", judge)
     elif not store.done(out.scores) and not store.done(out.choice):  # later evidence has no part in the choice
@@ -39,6 +44,8 @@ def run(cfg: config.Run) -> dict[str, float]:
             numbers |= evaluate.choose(out, suite, ask.select, model=str(policy.path))
     with stage("resolve") as numbers:  # the only stage that opens answers
         numbers |= evaluate.resolve(out, suite, rollout, answers=ask.tasks.path, chosen_by=ask.select)
+        if store.done(out.measures):
+            numbers |= diversity.entropies(out.trajectories, out.measures, chat.load(policy.path))
     partial = out.numbers.with_suffix(".json.partial")
     partial.write_text(json.dumps(numbers, indent=2) + "\n")
     partial.replace(out.numbers)
@@ -49,7 +56,8 @@ def asked(ask: config.Evaluate, policy: Policy) -> dict[str, Any]:
     """By key, what makes this evaluation this one."""
     tasks_ = {f"evaluate.tasks.{key}": value for key, value in config.section(ask.tasks).items()}
     select = {f"evaluate.select.{key}": value for key, value in config.section(ask.select).items()}
-    return {"evaluate.model": str(policy.path), "evaluate.samples": ask.samples, **tasks_, **select}
+    heat = {"evaluate.temperature": ask.temperature}
+    return {"evaluate.model": str(policy.path), "evaluate.samples": ask.samples, **heat, **tasks_, **select}
 
 
 def table(numbers: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from entropo_ray import config, evaluate, select, store, tasks
+from entropo_ray.patches import normalised
 from entropo_ray.records import Choice, Execution, Grade, Graded, Score, Stop, Task, Trajectory
 from entropo_ray.tasks import local
 
@@ -108,16 +109,16 @@ def test_a_patch_is_counted_by_its_code_alone():
     plain = diff("pkg/a.py", " def f(x):", "-    return x", "+    return x + 1")
     spaced = diff("pkg/a.py", " def f(x):", "-    return x", "+    return x+1  # one more", "+    # why")
     tested = plain + diff("tests/test_a.py", "+def test_f(): assert f(1) == 2")
-    assert evaluate.normalised(plain) == evaluate.normalised(spaced) == evaluate.normalised(tested) != ""
+    assert normalised(plain) == normalised(spaced) == normalised(tested) != ""
     other = diff("pkg/a.py", "-    return x", "+    return x + 2")
     elsewhere = plain.replace("pkg/a.py", "pkg/b.py")
-    assert len({evaluate.normalised(p) for p in (plain, other, elsewhere)}) == 3
-    assert evaluate.normalised(diff("conftest.py", "+x = 1")) == ""
+    assert len({normalised(p) for p in (plain, other, elsewhere)}) == 3
+    assert normalised(diff("conftest.py", "+x = 1")) == ""
 
 
 def test_a_hash_in_a_string_is_no_comment():
     one, two = (diff("a.py", f'+x = "a#{i}"') for i in (1, 2))
-    assert evaluate.normalised(one) != evaluate.normalised(two)
+    assert normalised(one) != normalised(two)
 
 
 # --------------------------------------------------------------------------------------------------------- stages
@@ -134,7 +135,8 @@ def trajectory(task_id, sample, patch, *, stop=Stop.AGENT, logp=(-1.0, -2.0)):
     return Trajectory(
         task_id=task_id, sample=sample, round=0, seed=0, kind="model", scaffold="", prompt="", temperature=0.7,
         turns=(), token_ids=(1, 2, 3), action_mask=(False, True, True), behaviour_logp=(0.0, *logp), num_turns=2,
-        num_actions=2, patch=patch, files=(), stop=stop, reason="", wall_s=1.0, grade=None, verdict=None,
+        num_actions=2, num_tokens=3, patch=patch, patch_class="", files=(), stop=stop, reason="", wall_s=1.0,
+        grade=None, verdict=None,
     )  # fmt: skip
 
 

@@ -17,10 +17,11 @@ PACKAGE = HERE / "entropo_ray"
 
 FLOORS = [
     ["records", "config"],
-    ["tasks", "sandbox", "chat", "store", "preference", "select", "observe"],
+    ["tasks", "sandbox", "chat", "store", "preference", "select", "observe", "patches", "page"],
     ["agent", "grade", "grade_inside"],
-    ["rollout", "train", "verify", "ingest"],
-    ["evaluate", "report", "doctor", "bench"],
+    ["rollout", "train", "verify", "ingest", "diversity"],
+    ["evaluate", "report", "doctor", "bench", "comparison"],
+    ["compare"],
     ["jobs"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

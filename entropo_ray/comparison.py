@@ -1,0 +1,115 @@
+"""comparison.json of jobs/compare.py as one page: what each objective reached, and what lies outside its interval."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from entropo_ray import page, store
+
+_CURVES = 4  # of one plot
+_TITLES = {"distinct": "distinct solutions", "entropy_passing": "H(passing), nats", "patches": "patches an attempt"}
+
+
+def write(run_dir: str | Path) -> Path:
+    """comparison.html beside comparison.json."""
+    home = store.place(run_dir)
+    result = json.loads((home / "comparison.json").read_text())
+    n = result["samples"]
+    facts = (
+        f"{result['tasks']} held-out tasks, {n} attempts each, seeds {', '.join(map(str, result['seeds']))}; "
+        f"differences are to <b>{html.escape(result['against'])}</b>"
+    )
+    parts = [
+        f"<header><h1>Comparison</h1><p>{facts}</p></header>",
+        page.section("Results", _table(result, ["pass@1", f"pass@{n}", f"best@{n}"])),
+        page.section("Diversity", _table(result, ["distinct", "entropy_passing", "patches"])),
+        page.section("What lies outside the intervals", _said(result)),
+        page.section("Plots", f'<div class="figures two">{"".join(_figures(result["arms"], n))}</div>'),
+        page.section("Policies and budgets", _facts(result["facts"])),
+    ]
+    return page.save(home / "comparison.html", page.page("Comparison", "".join(parts)))
+
+
+def outside(entry: Mapping[str, float]) -> bool:
+    """Whether 0 lies outside the interval of a difference."""
+    return bool(entry["minus_low"] > 0 or entry["minus_high"] < 0)
+
+
+def _table(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    heads = ["arm"]
+    for name in names:
+        heads += [_TITLES.get(name, name), f"minus {html.escape(result['against'])}"]
+    rows = []
+    for arm, measures in result["arms"].items():
+        row = [html.escape(arm)]
+        for name in names:
+            row += [_cell(measures[name], name), _gap(measures[name], name)]
+        rows.append(row)
+    note = "In brackets: 95 % intervals over tasks and seeds, paired for differences; bold where 0 lies outside."
+    return page.table(heads, rows, words=(0,)) + f'<p class="note">{note}</p>'
+
+
+def _scaled(value: float, name: str) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{100 * value:.1f}" if "@" in name else f"{value:.2f}"
+
+
+def _cell(entry: Mapping[str, float], name: str) -> str:
+    low, high = _scaled(entry["low"], name), _scaled(entry["high"], name)
+    return f"{_scaled(entry['mean'], name)} <small>[{low}, {high}]</small>"
+
+
+def _gap(entry: Mapping[str, float], name: str) -> str:
+    if "minus" not in entry:
+        return ""
+    text = _scaled(entry["minus"], name)
+    bounds = f"<small>[{_scaled(entry['minus_low'], name)}, {_scaled(entry['minus_high'], name)}]</small>"
+    return f"<b>{text}</b> {bounds}" if outside(entry) else f"{text} {bounds}"
+
+
+def _said(result: Mapping[str, Any]) -> str:
+    """A line for each difference that is larger than its interval, and how many are not."""
+    n, against = result["samples"], html.escape(result["against"])
+    clear, unclear = [], 0
+    for arm, measures in result["arms"].items():
+        for name in ("pass@1", f"pass@{n}", f"best@{n}", "distinct", "entropy_passing"):
+            entry = measures[name]
+            if "minus" not in entry:
+                continue
+            if outside(entry):
+                way = "above" if entry["minus"] > 0 else "below"
+                clear.append(f"<li>{html.escape(arm)}: {_TITLES.get(name, name)} {way} {against}</li>")
+            else:
+                unclear += 1
+    rest = f"<p>{unclear} other differences to {against} lie within their intervals.</p>"
+    return f"<ul>{''.join(clear)}</ul>{rest}"
+
+
+def _figures(found: Mapping[str, Any], n: int) -> list[str]:
+    points = [(arm, 100 * m["pass@1"]["mean"], 100 * m[f"pass@{n}"]["mean"]) for arm, m in found.items()]
+    title = f"pass@{n} against pass@1, percent"
+    figures = [page.figure(title, page.scatter(points, x="pass@1", y=f"pass@{n}"))]
+    names, ks = list(found), [float(k) for k in range(1, n + 1)]
+    for kind in ("pass", "best"):
+        for start in range(0, len(names), _CURVES):
+            curves = [
+                page.Series(arm, ks, [100 * found[arm][f"{kind}@{k:.0f}"]["mean"] for k in ks])
+                for arm in names[start : start + _CURVES]
+            ]
+            figures.append(page.figure(f"{kind}@k, percent", page.plot(curves, x="k", whole=True)))
+    return figures
+
+
+def _facts(facts: Mapping[str, Mapping[str, float]]) -> str:
+    names = list(dict.fromkeys(name for row in facts.values() for name in row))
+    rows = [
+        [html.escape(arm), *(f"{row[name]:.4g}" if name in row else "–" for name in names)]
+        for arm, row in facts.items()
+    ]
+    return page.table(["arm", *(html.escape(name.replace("_", " ")) for name in names)], rows, words=(0,))
