@@ -119,7 +119,7 @@ class Fit:
     weight_decay: float = 0.0
     clip: float = 1.0  # global gradient norm
     epochs: int = 1
-    steps: int = 0  # optimizer steps, whatever the data: epochs are repeated or cut short; 0: epochs decide
+    steps: int = 0  # whole optimizer steps, epoch behind epoch, however much data there is; 0: epochs decide
     batch: int = 32  # units (pairs, labels or examples) a step, over all workers
     micro_batch: int = 1  # units a worker holds at once
     workers: int = 1
@@ -139,7 +139,7 @@ class Train(Fit):
     loss: Literal["dpo", "ipo", "kto", "bco", "sft"] = "dpo"  # sft: imitate what passed (rejection sampling)
     variant: Literal["theory", "released"] = "theory"  # released: as the code published with the paper computes
     beta: float = 0.1
-    entropy: float = 0.01  # lambda; of the first round where entropy_target is given
+    entropy: float = 0.01  # lambda; where entropy_target is given, what the first round's is made from
     entropy_target: float | None = None  # nats per action token of fresh rollouts, held by changing lambda each round
     entropy_step: float = 1.0  # of log lambda per nat of distance
     entropy_min: float = 1e-4  # bounds of lambda
@@ -151,7 +151,8 @@ class Train(Fit):
     length_tokens: float | None = None  # c of length mean; none: the round's mean action tokens
     turns: Literal["all", "last", "branch", "dmpo"] = "all"  # whose actions count; branch: the first that differs
     gamma: float = 0.7  # of turns dmpo
-    z0: Literal["exact", "onpolicy", "group", "kto", "none", "released"] = "exact"  # reference point of kto
+    # reference point of kto; exact needs the reference's distributions, so a rank holds it beside the policy
+    z0: Literal["exact", "onpolicy", "group", "kto", "none", "released"] = "exact"
     delta: Literal["learned", "mean", "group"] = "learned"  # reference point of bco
     weight_pass: float = 1.0  # of kto and bco
     weight_fail: float = 1.0
@@ -210,7 +211,7 @@ class Evaluate:
     model: str = ""  # "": the policy of the last whole round
     name: str = ""  # result goes to evaluation-<name>; "": evaluation
     samples: int = 16
-    temperature: float | None = None  # of sampling; none: rollout.temperature
+    heat: float = 1.0  # sampling is at rollout.temperature times this
     measure: bool = True  # exact entropies, and the KL to the run's first policy, by a pass of train's workers
     select: Select = field(default_factory=Select)
 
@@ -259,7 +260,10 @@ MAY_CHANGE = (
     "rounds",
     "ray_cpus",
     "evaluate.",
-    "compare.",
+    "compare.arms",
+    "compare.seeds",
+    "compare.ratios",
+    "compare.against",
     "pack.",
     "rollout.engines",
     "rollout.engine_kv_mb",
@@ -360,11 +364,8 @@ def _check(cfg: Run) -> None:
         (cfg.rounds >= 0, f"rounds={cfg.rounds}: must not be negative"),
         (cfg.rollout.samples >= 1, f"rollout.samples={cfg.rollout.samples}: must be at least 1"),
         (cfg.rollout.temperature > 0, f"rollout.temperature={cfg.rollout.temperature}: must be above 0"),
-        (train.beta >= 0, f"train.beta={train.beta}: must not be negative"),
-        (train.entropy >= 0, f"train.entropy={train.entropy}: must not be negative"),
-        (train.beta + train.entropy > 0, "train.beta=0 and train.entropy=0: one of them must be positive"),
-        (0 <= train.smoothing < 0.5, f"train.smoothing={train.smoothing}: must lie in [0, 0.5)"),
         *_objective(train),
+        (cfg.evaluate.heat > 0, f"evaluate.heat={cfg.evaluate.heat}: must be above 0"),
         (cfg.preference.pairs_per_task >= 1, f"preference.pairs_per_task={cfg.preference.pairs_per_task}: at least 1"),
         (
             cfg.preference.weights == "none" or 1 <= cfg.preference.k <= cfg.rollout.samples,
@@ -387,7 +388,6 @@ def _check(cfg: Run) -> None:
         ),
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
     ]
-    rules.append((min(cfg.compare.ratios, default=1) > 0, f"compare.ratios={list(cfg.compare.ratios)}: all above 0"))
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
         share = fit.workers * fit.micro_batch
         rules += [
@@ -404,63 +404,104 @@ def _check(cfg: Run) -> None:
             raise ValueError(complaint)
 
 
+def check_objective(train: Train) -> None:
+    """ValueError for settings of the objective that contradict each other, with what to do."""
+    for holds, complaint in _objective(train):
+        if not holds:
+            raise ValueError(complaint)
+
+
 def _objective(train: Train) -> list[tuple[bool, str]]:
-    """Settings of the objective that contradict each other, each with what to do."""
-    pairs, labels = train.loss in ("dpo", "ipo"), train.loss in ("kto", "bco")
-    released, size = train.variant == "released", train.batch
-    numbers = ("beta", "entropy", "smoothing", "gap", "nll", "gamma", "weight_pass", "weight_fail", "drift")
-    rules = [(math.isfinite(getattr(train, n)), f"train.{n}={getattr(train, n)}: must be finite") for n in numbers]
-    low, high = train.entropy_min, train.entropy_max
+    numbers = "beta entropy entropy_step entropy_min entropy_max smoothing gap nll gamma weight_pass weight_fail drift"
+    finite = [
+        (math.isfinite(getattr(train, n)), f"train.{n}={getattr(train, n)}: must be finite") for n in numbers.split()
+    ]
+    return [*finite, *_losses(train), *_baselines(train), *_control(train), *(_released(train))]
+
+
+def _losses(train: Train) -> list[tuple[bool, str]]:
+    loss, pairs, labels = train.loss, train.loss in ("dpo", "ipo"), train.loss in ("kto", "bco")
     return [
-        *rules,
+        (train.beta >= 0, f"train.beta={train.beta}: must not be negative"),
+        (train.entropy >= 0, f"train.entropy={train.entropy}: must not be negative"),
+        (train.beta + train.entropy > 0, "train.beta=0 and train.entropy=0: one of them must be positive"),
+        (0 <= train.smoothing < 0.5, f"train.smoothing={train.smoothing}: must lie in [0, 0.5)"),
+        (loss != "ipo" or train.gap > 0, f"train.gap={train.gap}: train.loss=ipo needs a gap above 0"),
+        (not labels or not train.gap, f"train.gap={train.gap}: is of pairs; train.loss={loss} has none"),
+        (not labels or not train.nll, f"train.nll={train.nll}: is of pairs; train.loss={loss} has none"),
+        (train.turns != "branch" or pairs, f"train.turns=branch: is of pairs; train.loss={loss} has none"),
+        (loss != "sft" or train.turns == "all", f"train.turns={train.turns}: train.loss=sft knows only all"),
         (
-            train.loss != "ipo" or train.gap > 0,
-            f"train.gap={train.gap}: train.loss=ipo needs a gap above 0",
-        ),
-        (not labels or not train.gap, f"train.gap={train.gap}: is of pairs; train.loss={train.loss} has none"),
-        (not labels or not train.nll, f"train.nll={train.nll}: is of pairs; train.loss={train.loss} has none"),
-        (
-            train.turns != "branch" or pairs,
-            f"train.turns=branch: is of pairs; train.loss={train.loss} has none",
+            train.turns != "branch" or (train.length != "mean" and not train.nll),
+            "train.turns=branch: has no train.length=mean and no train.nll: a pair that never parts has no tokens",
         ),
         (0 < train.gamma <= 1, f"train.gamma={train.gamma}: must lie in (0, 1]"),
         (train.weight_pass > 0, f"train.weight_pass={train.weight_pass}: must be above 0"),
         (train.weight_fail > 0, f"train.weight_fail={train.weight_fail}: must be above 0"),
         (
-            train.z0 != "kto" or train.loss != "kto" or (size >= 2 and train.length == "raw" and train.turns == "all"),
-            f"train.z0=kto: needs train.batch of 2 or more (it is {size}), train.length=raw (it is {train.length}) and "
-            f"train.turns=all (it is {train.turns}); train.z0=exact works with any",
-        ),
-        (
-            train.z0 != "exact" or train.loss != "kto" or train.length != "mean",
-            "train.z0=exact: is no mean reward under train.length=mean; give train.z0=onpolicy, or another length",
-        ),
-        (
-            (train.z0 == "released") <= (released or train.loss != "kto"),
-            f"train.z0=released: belongs to train.variant=released (it is {train.variant})",
-        ),
-        (not released or train.loss in ("dpo", "kto"), f"train.variant=released: has no train.loss={train.loss}"),
-        (
-            not released or train.loss != "kto" or train.z0 == "released",
-            f"train.z0={train.z0}: train.variant=released has its own; give train.z0=released",
-        ),
-        (not released or train.length == "raw", f"train.length={train.length}: train.variant=released knows only raw"),
-        (not released or train.turns == "all", f"train.turns={train.turns}: train.variant=released knows only all"),
-        (
-            not released or not train.smoothing,
-            f"train.smoothing={train.smoothing}: train.variant=released ignores it; give train.smoothing=0",
-        ),
-        (
             train.length_tokens is None or train.length_tokens > 0,
             f"train.length_tokens={train.length_tokens}: must be above 0",
         ),
+    ]
+
+
+def _baselines(train: Train) -> list[tuple[bool, str]]:
+    kto, released = train.loss == "kto", train.variant == "released"
+    plain = train.batch >= 2 and train.length == "raw" and train.turns == "all"
+    return [
         (
-            train.entropy_target is None or (train.entropy_target > 0 and low <= train.entropy <= high and low > 0),
-            f"train.entropy_target={train.entropy_target}: must be above 0, with train.entropy={train.entropy} between "
+            not kto or train.z0 != "kto" or plain,
+            f"train.z0=kto: needs train.batch of 2 or more (it is {train.batch}), train.length=raw (it is "
+            f"{train.length}) and train.turns=all (it is {train.turns}); train.z0=onpolicy works with any",
+        ),
+        (
+            not kto or train.z0 != "exact" or train.length != "mean",
+            "train.z0=exact: is no mean reward under train.length=mean; give train.z0=onpolicy, or another length",
+        ),
+        (
+            not kto or train.z0 != "released" or released,
+            f"train.z0=released: belongs to train.variant=released (it is {train.variant})",
+        ),
+        (
+            not kto or train.z0 == "released" or not released,
+            f"train.z0={train.z0}: train.variant=released has its own; give train.z0=released",
+        ),
+    ]
+
+
+def _control(train: Train) -> list[tuple[bool, str]]:
+    """Of entropy, and of staleness."""
+    target, low, high = train.entropy_target, train.entropy_min, train.entropy_max
+    powerless = train.loss == "sft" or (train.variant == "released" and train.loss == "kto")
+    return [
+        (
+            target is None or (target > 0 and 0 < low <= train.entropy <= high),
+            f"train.entropy_target={target}: must be above 0, with train.entropy={train.entropy} between "
             f"train.entropy_min={low} (above 0) and train.entropy_max={high}",
         ),
+        (target is None or not powerless, f"train.entropy_target={target}: this loss has no lambda to change"),
+        (train.entropy_step > 0, f"train.entropy_step={train.entropy_step}: must be above 0"),
+        (train.loss != "sft" or train.stale == "keep", f"train.stale={train.stale}: train.loss=sft keeps all"),
         (train.drift > 0, f"train.drift={train.drift}: must be above 0"),
         (0 <= train.ess_min < 1, f"train.ess_min={train.ess_min}: must lie in [0, 1)"),
+    ]
+
+
+def _released(train: Train) -> list[tuple[bool, str]]:
+    if train.variant != "released":
+        return []
+    return [
+        (train.loss in ("dpo", "kto"), f"train.variant=released: has no train.loss={train.loss}"),
+        (train.length == "raw", f"train.length={train.length}: train.variant=released knows only raw"),
+        (train.turns == "all", f"train.turns={train.turns}: train.variant=released knows only all"),
+        (
+            not train.smoothing,
+            f"train.smoothing={train.smoothing}: train.variant=released ignores it; give train.smoothing=0",
+        ),
+        (
+            not train.gap and not train.nll and train.weight_pass == train.weight_fail == 1,
+            "train.variant=released: knows no train.gap and train.nll, and train.weight_pass and weight_fail are 1",
+        ),
     ]
 
 

@@ -199,9 +199,12 @@ def seal(product: Path, record: type[Any]) -> int:
 
 
 def read(product: Path, record: type[R]) -> Iterator[R]:
-    """The records of a whole product. FileNotFoundError if it is not done."""
+    """The records of a whole product. FileNotFoundError if it is not done, ValueError if it lacks a column."""
     columns = arrow_schema(record).names
     for part in parts_of(product):
+        missing = sorted(set(columns) - set(pq.read_schema(part).names))
+        if missing:
+            raise ValueError(f"{product} has no column {missing[0]}: an older version made it; give another run_dir")
         yield from from_table(record, pq.read_table(part, columns=columns))
 
 

@@ -1,11 +1,12 @@
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from entropo_ray.train.batch import Row, pack
-from entropo_ray.train.plan import plan
+from entropo_ray.train.plan import endless, plan
 
 
 def test_a_pack_is_its_rows_end_to_end():
@@ -83,3 +84,12 @@ def test_the_numerical_half_of_the_room_needs_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_fixed_number_of_steps_is_always_whole_and_takes_every_unit_as_often():
+    costs = [1.0] * 6
+    found = endless(costs, 5, ranks=2, batch=4, micro_batch=2, seed=0, round=0)
+    assert len(found) == 5
+    assert all(slot.weight == 1.0 for step in found for slot in slots(step))
+    counts = Counter(slot.unit for step in found for slot in slots(step))
+    assert sorted(counts.values()) == [3, 3, 3, 3, 4, 4]

@@ -16,6 +16,7 @@ from entropo_ray import config
 
 HERE = Path(__file__).resolve().parent.parent
 CONF = sorted((HERE / "conf").glob("*.yaml"))
+OBJECTIVES = sorted((HERE / "conf" / "objective").glob("*.yaml"))
 KUBERAY = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((HERE / "conf" / "kuberay").glob("*.yaml"))}
 DOCKERFILE = (HERE / "Dockerfile").read_text()
 # off by default: the operator refuses manifests that use them
@@ -247,3 +248,20 @@ def test_both_images_have_what_sandboxes_need_and_copy_what_exists(target):
 def test_nothing_of_a_run_goes_into_an_image():
     ignored = (HERE / ".dockerignore").read_text().split()
     assert {".git", ".venv", "runs"} <= set(ignored)
+
+
+@pytest.mark.parametrize("path", OBJECTIVES, ids=lambda p: p.stem)
+def test_every_objective_loads_on_the_local_default_and_names_its_source(path):
+    cfg = config.load(config.Run, [str(HERE / "conf/local.yaml"), str(path)])
+    head = path.read_text().split("train:")[0]
+    assert re.search(r"arXiv \d{4}\.\d{5}|baseline|Rejection sampling", head)
+    plain = config.load(config.Run, [str(HERE / "conf/local.yaml")])
+    assert (cfg.train, cfg.preference, cfg.evaluate) != (plain.train, plain.preference, plain.evaluate) or (
+        path.stem == "entropo_dpo"  # which the default is
+    )
+
+
+def test_objectives_are_different_settings_of_one_section():
+    found = [config.load(config.Run, [str(HERE / "conf/local.yaml"), str(path)]) for path in OBJECTIVES]
+    settings = {(repr(cfg.train), repr(cfg.preference), repr(cfg.evaluate)) for cfg in found}
+    assert len(settings) == len(OBJECTIVES) == 22

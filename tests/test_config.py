@@ -157,3 +157,59 @@ def test_a_submitted_job_needs_an_absolute_run_dir(tmp_path, monkeypatch):
         pin(load(Run, WORDS))
     assert not Path("r").exists()
     pin(run_at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train.loss=ipo"], "train.gap=0.0: train.loss=ipo needs a gap above 0"),
+        (["train.loss=kto", "train.gap=1"], "train.gap=1.0: is of pairs"),
+        (["train.loss=bco", "train.nll=.1"], "train.nll=0.1: is of pairs"),
+        (["train.loss=kto", "train.turns=branch"], "train.turns=branch: is of pairs"),
+        (["train.gamma=0"], "train.gamma=0.0: must lie in (0, 1]"),
+        (["train.beta=inf"], "train.beta=inf: must be finite"),
+        (
+            ["train.loss=kto", "train.z0=kto"],
+            "train.z0=kto: needs train.batch of 2 or more (it is 32), train.length=raw",
+        ),
+        (["train.loss=kto", "train.length=mean"], "train.z0=exact: is no mean reward under train.length=mean"),
+        (["train.loss=kto", "train.z0=released"], "train.z0=released: belongs to train.variant=released"),
+        (["train.variant=released", "train.loss=bco"], "train.variant=released: has no train.loss=bco"),
+        (
+            ["train.variant=released", "train.loss=kto", "train.length=raw"],
+            "train.z0=exact: train.variant=released has",
+        ),
+        (["train.variant=released"], "train.length=debias: train.variant=released knows only raw"),
+        (["train.variant=released", "train.length=raw"], "train.smoothing=0.05: train.variant=released ignores it"),
+        (
+            ["train.entropy_target=0.5", "train.entropy=0"],
+            "train.entropy_target=0.5: must be above 0, with train.entropy",
+        ),
+        (
+            ["preference.weights=pass_k", "preference.k=99"],
+            "preference.k=99: must lie between 1 and rollout.samples=16",
+        ),
+        (["train.loss=sft", "train.stale=drop"], "train.stale=drop: train.loss=sft keeps all"),
+        (["train.loss=sft", "train.entropy_target=1"], "train.entropy_target=1.0: this loss has no lambda"),
+        (["train.turns=branch", "train.nll=1"], "train.turns=branch: has no train.length=mean and no train.nll"),
+        (["evaluate.heat=0"], "evaluate.heat=0.0: must be above 0"),
+    ],
+)
+def test_settings_of_the_objective_that_contradict_each_other_are_refused(words, said):
+    assert said in refusal(*words)
+
+
+def test_a_file_may_include_another_and_wins_over_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: a\nrun_dir: r\nseed: 1\n")
+    (tmp_path / "top.yaml").write_text("include: base.yaml\nseed: 2\n")
+    cfg = load(Run, [str(tmp_path / "top.yaml")])
+    assert (cfg.model, cfg.seed) == ("a", 2)
+    assert load(Run, [str(tmp_path / "top.yaml"), "seed=3"]).seed == 3
+
+
+def test_includes_that_end_nowhere_are_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("include: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("include: a.yaml\n")
+    assert "it includes itself" in refusal(str(tmp_path / "a.yaml"))
+    (tmp_path / "c.yaml").write_text("include: none.yaml\n")
+    assert "none.yaml: no such configuration file" in refusal(str(tmp_path / "c.yaml"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from entropo_ray import config, store
-from entropo_ray.records import Example, Grade, Label, Pair, Policy, Reference, Stop, Trajectory
+from entropo_ray.records import Example, Grade, Label, Measure, Pair, Policy, Reference, Stop, Trajectory
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
@@ -178,17 +178,82 @@ def test_one_and_two_workers_leave_the_same_loss_trace_from_exactly_ln_2(cluster
         assert len(row.ref_logp) == len(row.ref_entropy) == sum(tokens_of(key)[1])
 
 
-def test_entropy_debiasing_and_labels_train(cluster, base, tmp_path):
+def test_labels_train_from_an_exact_reference_point_whatever_the_number_of_workers(cluster, base, tmp_path):
     from entropo_ray.train.fit import fit
 
     out = round_at(tmp_path / "run", labels=True)
-    cfg = config.Train(**FIT | {"workers": 1}, loss="kto", entropy=0.01, length="debias")
+    cfg = config.Train(**FIT, loss="kto", z0="exact", entropy=0.01, length="debias")
     numbers = fit(base, base, out, cfg, seed=0, to=out.policy)
-    first = steps_of(out.policy)[0]
-    assert numbers["steps"] == 3
+    other = tmp_path / "other"
+    fit(base, base, out, replace(cfg, workers=1, micro_batch=4, zero_stage=0), seed=0, to=other)
+    two, one = steps_of(out.policy), steps_of(other)
+    assert numbers["steps"] == len(two) == len(one) == 3
+    for left, right in zip(two, one, strict=True):
+        for name in ("loss", "z0", "reward", "margin", "kl", "useful_share"):
+            assert left[name] == pytest.approx(right[name], abs=1e-5, rel=1e-5), name
+        assert left["weights"] == right["weights"]
+        assert sum(left["weights"]) == 4
     # z0 is the mean reward of the round's own trajectories, so its first step is about undecided
-    assert first["loss"] == pytest.approx(0.5, abs=0.05)
-    assert {"z0", "reward", "passed"} <= set(first)
+    assert two[0]["loss"] == pytest.approx(0.5, abs=0.05)
+    assert two[0]["kl"] == 0.0
+    assert two[-1]["kl"] > 0
+
+
+def test_the_published_kto_cuts_the_tail_clamps_its_reference_point_and_says_what_it_lost(cluster, base, tmp_path):
+    from entropo_ray.train.fit import fit
+
+    out = round_at(tmp_path / "run", labels=True)
+    cfg = config.Train(
+        **FIT | {"max_tokens": 50, "workers": 1, "zero_stage": 3},
+        loss="kto",
+        variant="released",
+        z0="released",
+        smoothing=0.0,
+        length="raw",
+    )
+    numbers = fit(base, base, out, cfg, seed=0, to=out.policy)
+    lengths = [len(tokens_of(key)[0]) for key in KEYS]
+    lost = sum(sum(tokens_of(key)[1][50:]) for key in KEYS)
+    assert numbers["lost_share"] == pytest.approx(lost / sum(sum(tokens_of(key)[1]) for key in KEYS))
+    assert numbers["tokens"] == sum(min(length, 50) for length in lengths)
+    # the reward of swapped answers is a large negative entropy term, and all of it is clamped away
+    assert {step["z0"] for step in steps_of(out.policy)} == {0.0}
+    swapped = {(row.task_id, row.sample): row.token_ids for row in store.read(out.swapped, Example)}
+    assert swapped.keys() == set(KEYS)
+
+
+def test_lambda_follows_the_entropy_target_from_round_to_round(cluster, base, tmp_path):
+    from entropo_ray.train.fit import fit
+
+    first, second = round_at(tmp_path / "run"), store.round_of(tmp_path / "run", 1)
+    cfg = config.Train(**FIT | {"workers": 1}, entropy=0.02, entropy_target=5.0, entropy_step=0.1)
+    numbers = fit(base, base, first, cfg, seed=0, to=first.policy)
+    assert numbers["entropy_start"] == pytest.approx(math.log(SHAPE.vocab), abs=0.4)  # the start is nearly uniform
+    assert numbers["entropy_weight"] == pytest.approx(0.02 * math.exp(0.1 * (5.0 - numbers["entropy_start"])))
+    assert json.loads((first.policy / "update.json").read_text())["entropy"] == numbers["entropy_weight"]
+
+    store.write(second.trajectories, Trajectory, [trajectory(key) for key in KEYS])
+    store.write(second.preferences, Pair, list(store.read(first.preferences, Pair)))
+    trained = Policy(path=first.policy, round=1)
+    later = fit(trained, base, second, cfg, seed=0, to=second.policy)  # the reference is the first policy
+    expected = numbers["entropy_weight"] * math.exp(0.1 * (5.0 - later["entropy_start"]))
+    assert later["entropy_weight"] == pytest.approx(expected)
+    assert later["kl_start"] > 0
+    assert steps_of(second.policy)[0]["margin"] != 0.0
+    measured = {(row.task_id, row.sample): row for row in store.read(second.current, Measure)}
+    assert measured.keys() == set(KEYS)
+    assert len(measured[KEYS[0]].kl) == sum(tokens_of(KEYS[0])[1])
+
+
+def test_rejection_sampling_imitates_what_passed_for_as_many_steps_as_asked(cluster, base, tmp_path):
+    from entropo_ray.train.fit import fit
+
+    out = round_at(tmp_path / "run", labels=True)
+    numbers = fit(base, base, out, config.Train(**FIT | {"workers": 1, "steps": 3}, loss="sft"), seed=0, to=out.policy)
+    steps = steps_of(out.policy)
+    assert numbers["steps"] == len(steps) == 3
+    assert sum(step["rows"] for step in steps) == pytest.approx(12, abs=1)  # six passed; a step may hold one twice
+    assert steps[-1]["loss"] < steps[0]["loss"]
 
 
 def test_a_driver_killed_in_the_update_leaves_no_product_and_keeps_the_reference(cluster, base, tmp_path):
@@ -261,6 +326,12 @@ def test_what_cannot_be_learnt_from_is_refused_before_any_machine_is_asked(base,
     store.write(tmp_path / "none", Pair, [])
     with pytest.raises(ValueError, match="no pair to learn from"):
         fit(base, base, replace(out, preferences=tmp_path / "none"), config.Train(**FIT), seed=0, to=out.policy)
+    silent = replace(trajectory(("silent", 0)), action_mask=(False,) * len(tokens_of(("silent", 0))[0]))
+    store.write(tmp_path / "silent", Trajectory, [silent])
+    store.write(tmp_path / "said", Label, [Label(task_id="silent", sample=0, desirable=True)])
+    quiet = replace(out, trajectories=tmp_path / "silent", preferences=tmp_path / "said")
+    with pytest.raises(ValueError, match=r"'silent', 0.*no action token"):
+        fit(base, base, quiet, config.Train(**FIT, loss="kto"), seed=0, to=out.policy)
     assert not out.policy.exists()
     assert not out.reference.exists()
 

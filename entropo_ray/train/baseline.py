@@ -45,7 +45,7 @@ class Baseline:
         self.tasks = [task for task, _ in keys]
         self.table = rewards_of(job.start, keys, job.cfg, job.length)
         self.value = self._first()
-        self.alone = 0  # units of the last step whose task has no other
+        self.alone = 0  # units of the round whose task has no other
 
     def _first(self) -> float:
         start, keys = self.job.start, [unit.keys[0] for unit in self.units]
@@ -73,6 +73,7 @@ class Baseline:
         """A step of delta towards the minimum of bco, from rewards less delta; at most 1 in size."""
         passed = torch.tensor([self.units[unit].desirable for unit in units])
         weight = torch.where(passed, self.cfg.weight_pass, self.cfg.weight_fail).double()
+        weight *= torch.tensor([self.units[unit].weight for unit in units], dtype=torch.float64)
         chance = torch.sigmoid(above)
         slope = (weight * (chance - passed.double())).sum()
         bend = (weight * chance * (1 - chance)).sum().clamp(min=1e-9)

@@ -42,16 +42,23 @@ def swapped(row: Row, other: Row) -> Row:
     return Row(row.key, np.concatenate([row.token_ids[:start], said]), mask)
 
 
-def branch(one: Row, other: Row) -> tuple[int, int]:
-    """The turn of each row that first differs from the other row's: the one that holds the first other token, or the
-    next one where tools answered differently. ValueError, naming the keys, where none differs."""
+def branch(one: Row, other: Row) -> tuple[int, int] | None:
+    """The turn of each row in which they part; None where no turn follows their parting.
+
+    It is the turn that holds the first other token. One that had ended there is the same turn, said shorter; where the
+    tools' answers part, it is the turn behind them.
+    """
     shared = min(len(one.token_ids), len(other.token_ids))
     apart = np.flatnonzero(one.token_ids[:shared] != other.token_ids[:shared])
     first = int(apart[0]) if len(apart) else shared
-    places = [next((i for i, (_, stop) in enumerate(row.turns()) if stop > first), None) for row in (one, other)]
-    if places[0] is None or places[1] is None:
-        raise ValueError(f"{one.key} and {other.key}: no turn follows the token in which they part; train.turns=branch")
-    return places[0], places[1]
+    said = any(first < len(row.action_mask) and row.action_mask[first] for row in (one, other))
+    places = [_turn_at(row, first, said) for row in (one, other)]
+    return None if places[0] is None or places[1] is None else (places[0], places[1])
+
+
+def _turn_at(row: Row, token: int, said: bool) -> int | None:
+    """The first turn that ends behind `token`, or at it where one of the two rows still speaks there."""
+    return next((i for i, (_, stop) in enumerate(row.turns()) if stop > token or (said and stop == token)), None)
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,14 @@ def fit(
     moved = policy.path != reference.path
     if moved:
         reference_pass.measure(policy, reference, out.trajectories, keys, cfg, to=out.current, cut=cut)
-    start = start_of(out, keys, found, moved=moved)
+    start = start_of(out, keys, moved=moved, cut=cut)
     cfg = replace(cfg, entropy=_entropy_weight(policy, start, cfg))
-    length = length_of(cfg, start)
     units, numbers = fresh(units, start, rows.behaviour(out.trajectories, keys_of(units), cut), cfg)
-    numbers |= health(units, start, cfg, length)
     numbers |= {"entropy_start": entropy_of(start), "kl_start": kl_of(start), "entropy_weight": cfg.entropy}
     numbers["lost_share"] = lost_share(keys_of(units), found)
+    start = start_of(out, keys_of(units), moved=moved, turns=cfg, cut=cut)
+    length = length_of(cfg, start)
+    numbers |= health(units, start, cfg, length)
     job = replace(job, units=tuple(units), cfg=cfg, reference=out.reference, start=start, length=length)
     job = _with_baseline(job, reference, out)
     return numbers | _run(job, to)
@@ -98,7 +99,8 @@ def _entropy_weight(policy: Policy, start: Start, cfg: config.Train) -> float:
     if cfg.entropy_target is None:
         return cfg.entropy
     before = weight_file(policy.path)
-    last = json.loads(before.read_text())["entropy"] if before.is_file() else cfg.entropy
+    later = policy.round > 0 and before.is_file()  # a first policy may come from another run
+    last = json.loads(before.read_text())["entropy"] if later else cfg.entropy
     return objective.dual(
         last,
         entropy_of(start),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,22 @@ def plan(
         _step(order[start : start + batch], costs, ranks=ranks, batch=batch, micro_batch=micro_batch)
         for start in range(0, len(order), batch)
     ]
+
+
+def endless(
+    costs: Sequence[float], steps: int, *, ranks: int, batch: int, micro_batch: int, seed: int, round: int
+) -> list[Step]:
+    """`steps` whole steps, epoch behind epoch: however little data there is, every step has `batch` units."""
+    assert batch % (ranks * micro_batch) == 0, f"batch {batch} is not a multiple of {ranks} x {micro_batch}"
+    order: list[int] = []
+    for epoch in itertools.count():
+        if len(order) >= steps * batch:
+            break
+        more = list(range(len(costs)))
+        random.Random(f"{seed}/{round}/{epoch}").shuffle(more)
+        order += more
+    starts = range(0, steps * batch, batch)
+    return [_step(order[s : s + batch], costs, ranks=ranks, batch=batch, micro_batch=micro_batch) for s in starts]
 
 
 def _step(units: list[int], costs: Sequence[float], *, ranks: int, batch: int, micro_batch: int) -> Step:

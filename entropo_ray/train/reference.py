@@ -61,6 +61,18 @@ def measure(
     return _pass(policy, other, trajectories, keys, cfg, to, cut)
 
 
+def same_vocabulary(policy: Policy, other: Policy) -> None:
+    """ValueError where both are here and speak of different token ids: there is no KL between them."""
+    files = [one.path / "config.json" for one in (policy, other)]
+    if all(file.is_file() for file in files):
+        mine, its = (json.loads(file.read_text()).get("vocab_size") for file in files)
+        if mine != its:
+            raise ValueError(
+                f"{policy.path} has {mine} token ids and {other.path} has {its}, so there is no KL between them: "
+                "give evaluate.measure=false"
+            )
+
+
 def _pass(
     policy: Policy,
     other: Policy | None,
@@ -77,6 +89,7 @@ def _pass(
             "policy": str(policy.path),
             "other": other and str(other.path),
             "of": str(trajectories),
+            "made": (trajectories / "done").stat().st_mtime_ns,
             "precision": cfg.precision,
             "cut": cut,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,14 +55,30 @@ def references(product: Path, keys: Collection[Key]) -> dict[Key, np.ndarray]:
     return found
 
 
-def column_sums(product: Path, names: Sequence[str], keys: Collection[Key]) -> dict[str, dict[Key, float]]:
-    """Sums over tokens of list columns, in double: name -> key -> sum. ValueError, naming the first missing key."""
+def column_sums(
+    product: Path, names: Sequence[str], keys: Collection[Key], weights: Mapping[Key, np.ndarray] | None = None
+) -> dict[str, dict[Key, float]]:
+    """Sums over tokens of list columns, in double: name -> key -> sum. ValueError, naming the first missing key.
+
+    `weights` [A] by key, of the action tokens: 1 where none are given.
+    """
     found: dict[str, dict[Key, float]] = {name: {} for name in names}
     for table in _tables(product, list(names), keys):
         for name in names:
-            sums = (float(values.sum(dtype=np.float64)) for values in _arrays(table[name]))
-            found[name].update(zip(_keys(table), sums, strict=True))
+            for key, values in zip(_keys(table), _arrays(table[name]), strict=True):
+                held = values.astype(np.float64)
+                found[name][key] = float(held @ weights[key] if weights else held.sum())
     _check(found[names[0]].keys(), keys, product)
+    return found
+
+
+def turns(product: Path, keys: Collection[Key], cut: int | None = None) -> dict[Key, list[int]]:
+    """Action tokens of each turn. ValueError, naming the first missing key."""
+    found: dict[Key, list[int]] = {}
+    for table in _tables(product, ["action_mask"], keys):
+        for key, mask in zip(_keys(table), _arrays(table["action_mask"]), strict=True):
+            found[key] = [stop - start for start, stop in Row(key, mask, mask).head(cut).turns()]
+    _check(found.keys(), keys, product)
     return found
 
 

@@ -41,7 +41,7 @@ class Start:
     ref_logp: Mapping[Key, float]
     nats: Mapping[Key, float]  # the policy's entropy
     kl: Mapping[Key, float]  # to the reference
-    tokens: Mapping[Key, int]
+    tokens: Mapping[Key, float]
     ref_nats: Mapping[Key, float]  # the reference's entropy
 
 
@@ -145,7 +145,8 @@ def batch_of(
     }
     if scores.kl is not None:
         columns["kl"] = turn_sums(scores.kl, packed)
-    return Batch(packed, scores, units, torch.tensor(weights, dtype=torch.float64, device=device), turns, columns)
+    there = tuple(tuple(None if w is None else w.to(device) for w in places) for places in turns)
+    return Batch(packed, scores, units, torch.tensor(weights, dtype=torch.float64, device=device), there, columns)
 
 
 def turns_of(unit: Unit, rows: Mapping[Key, Row], cfg: config.Fit) -> tuple[Tensor | None, ...]:
@@ -153,18 +154,23 @@ def turns_of(unit: Unit, rows: Mapping[Key, Row], cfg: config.Fit) -> tuple[Tens
     if not isinstance(cfg, config.Train) or cfg.turns == "all":
         return (None,) * len(unit.keys)
     counts = [len(rows[key].turns()) for key in unit.keys]
-    if cfg.turns == "dmpo":
-        return tuple(torch.tensor(objective.turn_weights(n, cfg.gamma), dtype=torch.float64) for n in counts)
-    if cfg.turns == "last":
-        return tuple(_only(n - 1, n) for n in counts)
+    if cfg.turns != "branch":
+        return tuple(torch.tensor(turn_weights(n, cfg), dtype=torch.float64) for n in counts)
     places = branch(*(rows[key] for key in unit.keys))
-    return tuple(_only(place, n) for place, n in zip(places, counts, strict=True))
+    if places is None:  # two attempts that never part teach nothing: their margin is 0 whatever the policy does
+        places = (-1, -1)
+    return tuple(torch.tensor(_only(p, n), dtype=torch.float64) for p, n in zip(places, counts, strict=True))
 
 
-def _only(place: int, count: int) -> Tensor:
-    weights = torch.zeros(count, dtype=torch.float64)
-    weights[place] = 1.0
-    return weights
+def turn_weights(count: int, cfg: config.Train) -> list[float]:
+    """Weights of the turns of a trajectory, where they do not depend on another one."""
+    if cfg.turns == "dmpo":
+        return objective.turn_weights(count, cfg.gamma)
+    return _only(count - 1, count) if cfg.turns == "last" else [1.0] * count
+
+
+def _only(place: int, count: int) -> list[float]:
+    return [float(turn == place) for turn in range(count)]
 
 
 def weights_of(cfg: config.Train) -> dict[str, float]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from entropo_ray.records import Example, Label, Pair
 from entropo_ray.train import objective, rows
 from entropo_ray.train.batch import Key, swapped
 from entropo_ray.train.rows import Size
-from entropo_ray.train.step import Start, Unit, rewards_of
+from entropo_ray.train.step import Start, Unit, rewards_of, turn_weights
 
 log = logging.getLogger("entropo_ray")
 
@@ -35,7 +37,12 @@ def units_of(out: store.Round, cfg: config.Train, found: Mapping[Key, Size]) -> 
         ]
     labels = sorted(store.read(out.preferences, Label), key=lambda label: (label.task_id, label.sample))
     return [
-        unit([(label.task_id, label.sample)], found, desirable=label.desirable, weight=label.weight)
+        unit(
+            [(label.task_id, label.sample)],
+            found,
+            desirable=label.desirable,
+            weight=1.0 if cfg.loss == "sft" else label.weight,  # there is one side, so nothing to balance
+        )
         for label in labels
         if label.desirable or cfg.loss != "sft"
     ]
@@ -66,14 +73,23 @@ def keys_of(units: Iterable[Unit]) -> list[Key]:
 # --- before the first step -------------------------------------------------------------------------------------------
 
 
-def start_of(out: store.Round, keys: Sequence[Key], found: Mapping[Key, Size], *, moved: bool) -> Start:
-    """Sums under the policy and its reference; `moved`: they are not the same, and out.current tells the policy's."""
-    reference = rows.column_sums(out.reference, ["ref_logp", "ref_entropy"], keys)
-    tokens = {key: found[key].actions for key in keys}
+def start_of(
+    out: store.Round, keys: Sequence[Key], *, moved: bool, turns: config.Train | None = None, cut: int | None = None
+) -> Start:
+    """Sums under the policy and its reference; `moved`: they are not the same, and out.current tells the policy's.
+
+    `turns`: weigh turns as this configuration does, where a trajectory's weights are its own (not with turns=branch).
+    """
+    counts = rows.turns(out.trajectories, keys, cut)
+    weights = None
+    if turns is not None:
+        weights = {key: np.repeat(turn_weights(len(counts[key]), turns), counts[key]) for key in keys}
+    reference = rows.column_sums(out.reference, ["ref_logp", "ref_entropy"], keys, weights)
+    tokens = {key: float(weights[key].sum() if weights else sum(counts[key])) for key in keys}
     ref_logp, ref_nats = reference["ref_logp"], reference["ref_entropy"]
     if not moved:
         return Start(ref_logp, ref_logp, ref_nats, dict.fromkeys(keys, 0.0), tokens, ref_nats)
-    mine = rows.column_sums(out.current, ["logp", "entropy", "kl"], keys)
+    mine = rows.column_sums(out.current, ["logp", "entropy", "kl"], keys, weights)
     return Start(mine["logp"], ref_logp, mine["entropy"], mine["kl"], tokens, ref_nats)
 
 
@@ -125,7 +141,7 @@ def health(units: Sequence[Unit], start: Start, cfg: config.Train, length: Mappi
 
     Warns, naming the knob, where most pairs are saturated at once (method.md section 9).
     """
-    if KINDS[cfg.loss] != "pair":
+    if KINDS[cfg.loss] != "pair" or cfg.turns == "branch":
         return {}
     sides = [rewards_of(start, [one.keys[place] for one in units], cfg, length) for place in (0, 1)]
     margin = sides[0] - sides[1] - (cfg.gap if cfg.loss == "dpo" else 0.0)
@@ -157,14 +173,18 @@ def correlation(first: Tensor, second: Tensor) -> float:
 def swap(out: store.Round, units: Sequence[Unit], *, seed: int, cut: int | None) -> dict[Key, Size]:
     """Trajectories whose last reply is another one's, as Examples at out.swapped under the keys of the first; sizes.
 
-    Each takes the reply of the one before it in an order drawn by the seed, as KTO's estimators rotate a batch.
+    Each takes the reply of the last one before it that is of another task, in an order drawn by the seed, as KTO's
+    estimators rotate a batch. Made again where the trajectories are newer. ValueError where all are of one task.
     """
     keys = keys_of(units)
-    order = random.Random(f"{seed}/swap").sample(keys, len(keys))
+    if len({task for task, _ in keys}) < 2:
+        raise ValueError("train.z0: mismatched answers need trajectories of two tasks; give train.z0=onpolicy")
+    if store.done(out.swapped) and _time(out.swapped) < _time(out.trajectories):
+        shutil.rmtree(out.swapped)
     if not store.done(out.swapped):
         found = rows.read(out.trajectories, keys)
-        pairs = zip(order, [order[-1], *order[:-1]], strict=True)
-        told = (swapped(found[key].head(cut), found[other].head(cut)) for key, other in pairs)
+        order = random.Random(f"{seed}/swap").sample(keys, len(keys))
+        told = (swapped(found[key].head(cut), found[_other(order, n)].head(cut)) for n, key in enumerate(order))
         store.write(
             out.swapped,
             Example,
@@ -179,6 +199,15 @@ def swap(out: store.Round, units: Sequence[Unit], *, seed: int, cut: int | None)
             ],
         )
     return rows.sizes(out.swapped)
+
+
+def _other(order: Sequence[Key], place: int) -> Key:
+    task = order[place][0]
+    return next(order[place - back] for back in range(1, len(order)) if order[place - back][0] != task)
+
+
+def _time(product: Path) -> int:
+    return (product / "done").stat().st_mtime_ns
 
 
 def lost_share(keys: Sequence[Key], found: Mapping[Key, Size]) -> float:

@@ -6,7 +6,6 @@ Rank 0 writes one line a step to steps.jsonl, and the weights at the end.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from entropo_ray.train.baseline import Baseline, Seen
 from entropo_ray.train.batch import Key, Row, pack
 from entropo_ray.train.logprob import Scorer
 from entropo_ray.train.model import load, save
-from entropo_ray.train.plan import Slot, Step, plan
+from entropo_ray.train.plan import Slot, Step, endless, plan
 from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, ratios, totals, turns_of
 
 _BETAS = (0.9, 0.95)
@@ -50,11 +49,11 @@ class Fitting:
         torch.manual_seed(job.seed)
         self.model = load(job.policy, self.cfg)
         self.steps = self._plan()
-        self.reading = job.read_epochs * math.ceil(len(job.units) / self.cfg.batch)  # steps
-        self.rows, self.reference = self._read(job.trajectories, job.reference)
+        self.reading = len(self.steps) * job.read_epochs // self.cfg.epochs  # steps; all epochs have as many
+        self.rows, self.reference = self._read(job.trajectories, job.reference, job.cut)
         self.swapped: dict[Key, Row] = {}
         if job.swapped:
-            self.swapped, self.swapped_reference = self._read(job.swapped, job.swapped_reference)
+            self.swapped, self.swapped_reference = self._read(job.swapped, job.swapped_reference, None)
         self.engine = _engine(Scorer(self.model).train(), self.cfg)
         self.anchor = Scorer(load(job.anchor, self.cfg)).eval().to(self.engine.device) if job.anchor else None
         self.baseline = Baseline(job) if job.kind == "label" else None
@@ -63,26 +62,22 @@ class Fitting:
     def _plan(self) -> list[Step]:
         weights = self.model.num_parameters(exclude_embeddings=True)
         costs = [cost(unit, weights, self.model.config) for unit in self.job.units]
-        steps: list[Step] = []
-        for epoch in itertools.count():
-            if len(steps) >= self.cfg.steps if self.cfg.steps else epoch == self.cfg.epochs:
-                break
-            steps += plan(
-                costs,
-                ranks=self.ranks,
-                batch=self.cfg.batch,
-                micro_batch=self.cfg.micro_batch,
-                seed=self.job.seed,
-                round=self.job.policy.round,
-                epoch=epoch,
-            )
-        return steps[: self.cfg.steps or None]
+        options: dict[str, int] = {
+            "ranks": self.ranks,
+            "batch": self.cfg.batch,
+            "micro_batch": self.cfg.micro_batch,
+            "seed": self.job.seed,
+            "round": self.job.policy.round,
+        }
+        if self.cfg.steps:
+            return endless(costs, self.cfg.steps, **options)
+        return [step for epoch in range(self.cfg.epochs) for step in plan(costs, epoch=epoch, **options)]
 
-    def _read(self, product: Path, reference: Path | None) -> tuple[dict[Key, Row], dict[Key, Tensor]]:
+    def _read(self, product: Path, reference: Path | None, cut: int | None) -> tuple[dict[Key, Row], dict[Key, Tensor]]:
         """This rank's trajectories, and their reference log-probs where there is a reference."""
         mine = {slot.unit for step in self.steps for micro in step for slot in micro[self.rank]}
         keys = {key for unit in mine for key in self.job.units[unit].keys}
-        found = {key: row.head(self.job.cut) for key, row in rows.read(product, keys).items()}
+        found = {key: row.head(cut) for key, row in rows.read(product, keys).items()}
         if reference is None:
             return found, {}
         scored = rows.references(reference, keys)
