@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,12 @@ from typing import Any
 from entropo_ray import page, store
 
 _CURVES = 4  # of one plot
-_TITLES = {"distinct": "distinct solutions", "entropy_passing": "H(passing), nats", "patches": "patches an attempt"}
+_TITLES = {
+    "distinct": "distinct solutions",
+    "entropy_passing": "H(passing), nats",
+    "patches": "patches an attempt",
+    "vendi": "Vendi score",
+}
 
 
 def write(run_dir: str | Path) -> Path:
@@ -27,7 +31,7 @@ def write(run_dir: str | Path) -> Path:
     parts = [
         f"<header><h1>Comparison</h1><p>{facts}</p></header>",
         page.section("Results", _table(result, ["pass@1", f"pass@{n}", f"best@{n}"])),
-        page.section("Diversity", _table(result, ["distinct", "entropy_passing", "patches"])),
+        page.section("Diversity", _table(result, ["patches", "vendi", "distinct", "entropy_passing"])),
         page.section("What lies outside the intervals", _said(result)),
         page.section("Plots", f'<div class="figures two">{"".join(_figures(result["arms"], n))}</div>'),
         page.section("Policies and budgets", _facts(result["facts"])),
@@ -35,9 +39,23 @@ def write(run_dir: str | Path) -> Path:
     return page.save(home / "comparison.html", page.page("Comparison", "".join(parts)))
 
 
-def outside(entry: Mapping[str, float]) -> bool:
-    """Whether 0 lies outside the interval of a difference."""
-    return bool(entry["minus_low"] > 0 or entry["minus_high"] < 0)
+MEASURES = ("pass@1", "pass@{n}", "best@{n}", "distinct", "entropy_passing")  # what is said in words
+
+
+def outside(entry: Mapping[str, Any]) -> bool:
+    """Whether 0 lies outside the interval of a difference; False where there is none."""
+    low, high = entry.get("minus_low"), entry.get("minus_high")
+    return low is not None and high is not None and bool(low > 0 or high < 0)
+
+
+def caution(result: Mapping[str, Any]) -> str:
+    """What the stars and bold figures mean, and how many there would be by chance."""
+    count = (len(result["arms"]) - 1) * len(MEASURES)
+    seeds = f"{len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else "one seed (its variance is not known)"
+    return (
+        f"* differs from {result['against']} by more than its 95 % interval over {result['tasks']} tasks and {seeds}; "
+        f"of {count} comparisons {count / 20:.1f} would by chance"
+    )
 
 
 def _table(result: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -50,22 +68,22 @@ def _table(result: Mapping[str, Any], names: Sequence[str]) -> str:
         for name in names:
             row += [_cell(measures[name], name), _gap(measures[name], name)]
         rows.append(row)
-    note = "In brackets: 95 % intervals over tasks and seeds, paired for differences; bold where 0 lies outside."
-    return page.table(heads, rows, words=(0,)) + f'<p class="note">{note}</p>'
+    note = f"In brackets: 95 % intervals over tasks and seeds, paired for differences. {caution(result)} (bold here)."
+    return page.table(heads, rows, words=(0,)) + f'<p class="note">{html.escape(note)}</p>'
 
 
-def _scaled(value: float, name: str) -> str:
-    if math.isnan(value):
+def _scaled(value: float | None, name: str) -> str:
+    if value is None:
         return "–"
     return f"{100 * value:.1f}" if "@" in name else f"{value:.2f}"
 
 
-def _cell(entry: Mapping[str, float], name: str) -> str:
+def _cell(entry: Mapping[str, Any], name: str) -> str:
     low, high = _scaled(entry["low"], name), _scaled(entry["high"], name)
     return f"{_scaled(entry['mean'], name)} <small>[{low}, {high}]</small>"
 
 
-def _gap(entry: Mapping[str, float], name: str) -> str:
+def _gap(entry: Mapping[str, Any], name: str) -> str:
     if "minus" not in entry:
         return ""
     text = _scaled(entry["minus"], name)
@@ -78,9 +96,9 @@ def _said(result: Mapping[str, Any]) -> str:
     n, against = result["samples"], html.escape(result["against"])
     clear, unclear = [], 0
     for arm, measures in result["arms"].items():
-        for name in ("pass@1", f"pass@{n}", f"best@{n}", "distinct", "entropy_passing"):
+        for name in (word.format(n=n) for word in MEASURES):
             entry = measures[name]
-            if "minus" not in entry:
+            if entry.get("minus") is None:
                 continue
             if outside(entry):
                 way = "above" if entry["minus"] > 0 else "below"

@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,16 @@ def entropy(classes: Iterable[str]) -> float:
     counts = np.array(list(Counter(classes).values()), dtype=float)
     shares = counts / counts.sum() if len(counts) else counts
     return float(-(shares * np.log(shares)).sum())
+
+
+def likeness(texts: Sequence[str]) -> np.ndarray:
+    """[n, n] share of characters that two texts have in common in order (difflib's ratio, made symmetric)."""
+    found = np.eye(len(texts))
+    for i, one in enumerate(texts):
+        for j in range(i):
+            ratio = 1.0 if one == texts[j] else SequenceMatcher(None, one, texts[j], autojunk=False).ratio()
+            found[i, j] = found[j, i] = ratio
+    return found
 
 
 def vendi(similarity: np.ndarray) -> float:

@@ -32,6 +32,7 @@ from entropo_ray.records import (
     Execution,
     Grade,
     Graded,
+    Policy,
     Prediction,
     Score,
     Stop,
@@ -132,6 +133,14 @@ class Unit:
     samples: tuple[int, ...]
 
 
+def asked(ask: config.Evaluate, policy: Policy) -> dict[str, Any]:
+    """By key, what makes this evaluation this one."""
+    tasks_ = {f"evaluate.tasks.{key}": value for key, value in config.section(ask.tasks).items()}
+    select = {f"evaluate.select.{key}": value for key, value in config.section(ask.select).items()}
+    heat = {"evaluate.heat": ask.heat}
+    return {"evaluate.model": str(policy.path), "evaluate.samples": ask.samples, **heat, **tasks_, **select}
+
+
 def pin(out: store.Evaluation, asked: dict[str, Any]) -> None:
     """Remember what an evaluation is asked for, or hold this start against it.
 
@@ -142,7 +151,9 @@ def pin(out: store.Evaluation, asked: dict[str, Any]) -> None:
     if path.is_file():
         for key, old in json.loads(path.read_text(encoding="utf-8")).items():
             if asked[key] != old:
-                raise ValueError(f"{key}={asked[key]}: {path.parent} was made with {old}; give another evaluate.name")
+                raise ValueError(
+                    f"{key}={asked[key]}: {path.parent} was made with {old}; give another evaluate.name or run_dir"
+                )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

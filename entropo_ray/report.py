@@ -224,7 +224,9 @@ def _headline(home: Path, rows: Sequence[Row]) -> str:
     cfg = _config(home)
     facts = []
     if cfg is not None:
-        loss = f"EntroPO-{cfg.train.loss.upper()}, β {cfg.train.beta:g}, λ {cfg.train.entropy:g}"
+        loss = f"loss {cfg.train.loss}, β {cfg.train.beta:g}, λ {cfg.train.entropy:g}"
+        if cfg.train.entropy_target is not None:
+            loss += f" towards {cfg.train.entropy_target:g} nats a token"
         facts.append(f"{len(rows)} of {cfg.rounds} rounds · {loss} · seed {cfg.seed} · {html.escape(cfg.model)}")
     if rows:
         first, last = rows[0], rows[-1]
@@ -294,7 +296,10 @@ _CURVES = {
     "entropy": "Entropy, nats per token",
     "logp_chosen": "Log-probability of chosen, nats",
     "logp_rejected": "Log-probability of rejected, nats",
+    "ratio_chosen": "Chosen against the reference, nats",
+    "displaced_share": "Share of chosen less likely than before",
     "useful_share": "Share of pairs with a gradient",
+    "z0": "Reference point z0 or delta",
 }
 
 

@@ -36,8 +36,7 @@ def run(cfg: config.Run) -> None:
             if arm.train and not store.done(out.policy):
                 with stage(f"fit {word}") as numbers:
                     numbers |= fit(seed_policy, seed_policy, out, arm.train, seed=seed, to=out.policy)
-            if not compare.judged(cfg.run_dir, arm, seed).numbers.is_file():
-                judge(cfg, arm, seed, stage)
+            judge(cfg, arm, seed, stage)
 
 
 def prefer(out: store.Round, arm: compare.Arm, seed: int) -> dict[str, float]:
@@ -54,7 +53,11 @@ def judge(cfg: config.Run, arm: compare.Arm, seed: int, stage: observe.Stage) ->
     """The held-out tasks under one arm's policy; no verifier, so that all arms have one selector."""
     ask, out, word = cfg.evaluate, compare.judged(cfg.run_dir, arm, seed), f"{arm.key}-{seed}"
     suite, policy = tasks.load(ask.tasks), compare.policy_of(cfg, arm, seed)
-    rollout = replace(cfg.rollout, tasks=None, temperature=arm.heat * (ask.temperature or cfg.rollout.temperature))
+    heat = arm.heat * ask.heat
+    rollout = replace(cfg.rollout, tasks=None, temperature=heat * cfg.rollout.temperature)
+    evaluate.pin(out, evaluate.asked(replace(ask, heat=heat), policy))
+    if out.numbers.is_file():
+        return
     if not store.done(out.trajectories):
         with stage(f"sample {word}") as numbers:
             numbers |= sample(policy, suite, rollout, seed=seed, samples=ask.samples, to=out.trajectories)

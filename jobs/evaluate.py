@@ -8,23 +8,23 @@ Products lie in run_dir/evaluation[-name], the numbers beside it in evaluation[-
 
 import dataclasses
 import json
-from typing import Any
 
 from entropo_ray import chat, config, diversity, evaluate, observe, store, tasks
-from entropo_ray.records import Policy
 from entropo_ray.rollout.sample import sample
-from entropo_ray.train.reference import measure
+from entropo_ray.train.reference import measure, same_vocabulary
 from entropo_ray.verify.app import score
 
 
 def run(cfg: config.Run) -> dict[str, float]:
     ask, stage = cfg.evaluate, observe.stages(cfg.run_dir)
     suite = tasks.load(ask.tasks)
-    heat = ask.temperature or cfg.rollout.temperature
+    heat = ask.heat * cfg.rollout.temperature
     rollout = dataclasses.replace(cfg.rollout, tasks=None, temperature=heat)  # every task, not one round's draw
     out, judge = store.evaluation_of(cfg.run_dir, ask.name), store.verifier_of(cfg.run_dir)
     policy = store.policy(ask.model) if ask.model else store.last_policy(cfg.run_dir, start=cfg.model)
-    evaluate.pin(out, asked(ask, policy))
+    if ask.measure:
+        same_vocabulary(policy, store.policy(cfg.model))
+    evaluate.pin(out, evaluate.asked(ask, policy))
     if not store.done(out.trajectories):
         with stage("sample") as numbers:  # no answers given: nothing is graded here
             numbers |= sample(policy, suite, rollout, seed=cfg.seed, samples=ask.samples, to=out.trajectories)
@@ -50,14 +50,6 @@ def run(cfg: config.Run) -> dict[str, float]:
     partial.write_text(json.dumps(numbers, indent=2) + "\n")
     partial.replace(out.numbers)
     return numbers
-
-
-def asked(ask: config.Evaluate, policy: Policy) -> dict[str, Any]:
-    """By key, what makes this evaluation this one."""
-    tasks_ = {f"evaluate.tasks.{key}": value for key, value in config.section(ask.tasks).items()}
-    select = {f"evaluate.select.{key}": value for key, value in config.section(ask.select).items()}
-    heat = {"evaluate.temperature": ask.temperature}
-    return {"evaluate.model": str(policy.path), "evaluate.samples": ask.samples, **heat, **tasks_, **select}
 
 
 def table(numbers: dict[str, float]) -> str:

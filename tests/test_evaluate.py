@@ -12,7 +12,7 @@ import pytest
 
 from entropo_ray import config, evaluate, select, store, tasks
 from entropo_ray.patches import normalised
-from entropo_ray.records import Choice, Execution, Grade, Graded, Score, Stop, Task, Trajectory
+from entropo_ray.records import Choice, Execution, Grade, Graded, Measure, Score, Stop, Task, Trajectory
 from entropo_ray.tasks import local
 
 SCORES = (0.9, 0.8, 0.8, 0.5, 0.1, 0.1)
@@ -44,18 +44,14 @@ def test_more_than_there_are_is_refused(k):
 
 
 def test_best_at_k_agrees_with_drawing_and_choosing():
-    rng = random.Random(1)
+    rng = np.random.default_rng(1)
     for k in (2, 3, 5):
-        keys = [rng.randrange(4) for _ in range(9)]
-        correct = [rng.random() < 0.4 for _ in range(9)]
-        draws = 20_000
-        hits = 0
-        for _ in range(draws):
-            drawn = rng.sample(range(9), k)
-            best = max(keys[i] for i in drawn)
-            hits += correct[rng.choice([i for i in drawn if keys[i] == best])]
-        exact = evaluate.best_at_k(keys, correct, k)
-        assert abs(hits / draws - exact) < 4 * math.sqrt(0.25 / draws)
+        keys, correct = rng.integers(0, 4, 9), rng.random(9) < 0.4
+        drawn = rng.random((400_000, 9)).argsort(axis=1)[:, :k]  # in random order, so ties are, too
+        chosen = np.take_along_axis(drawn, keys[drawn].argmax(axis=1)[:, None], axis=1)
+        assert evaluate.best_at_k(keys.tolist(), correct.tolist(), k) == pytest.approx(
+            correct[chosen].mean(), abs=0.003
+        )
 
 
 def test_no_selector_beats_the_best_attempt_and_all_alike_is_a_random_pick():
@@ -278,6 +274,11 @@ def job(tmp_path, monkeypatch):
         store.write(to, Execution, [Execution(task_id="t", sample=0, regressed=0, reproduced=0)])
         return {}
 
+    def measure(policy, other, trajectories, keys, cfg, *, to):
+        calls.append(("measure", other.path.name))
+        store.write(to, Measure, [Measure(task_id="t", sample=0, logp=(-1.0,), entropy=(0.5,), kl=(0.0,))])
+        return {}
+
     def score(trajectories, suite, cfg, *, policy, to):
         calls.append(("verify", policy.parent.name))
         store.write(to, Score, [Score(task_id="t", sample=2, verifier=0.9)])
@@ -291,6 +292,9 @@ def job(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "sample", sample)
     monkeypatch.setattr(module, "score", score)
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module.chat, "load", lambda path: None)
+    monkeypatch.setattr(module.diversity, "entropies", lambda trajectories, measures, words: {"entropy_exact": 0.5})
     monkeypatch.setattr(module.tasks, "load", lambda cfg: SUITE)
     monkeypatch.setattr(evaluate, "execute", execute)
     monkeypatch.setattr(evaluate, "_grade_all", grade_all)
@@ -307,7 +311,7 @@ def job(tmp_path, monkeypatch):
     return run
 
 
-ASKED = [("sample", 4, None, None), ("execute",), ("grade", "runs/packs/local")]
+ASKED = [("sample", 4, None, None), ("execute",), ("measure", "model"), ("grade", "runs/packs/local")]
 
 
 def test_every_task_is_sampled_without_answers_and_graded_after_the_choice(job, tmp_path):
@@ -318,12 +322,29 @@ def test_every_task_is_sampled_without_answers_and_graded_after_the_choice(job, 
     assert job()[:2] == (numbers, [])  # a finished evaluation runs nothing
 
 
+def test_entropies_are_measured_unless_they_are_not_wanted(job, tmp_path):
+    assert job()[0]["entropy_exact"] == 0.5
+    numbers, calls, _, _ = job("evaluate.measure=false", "evaluate.name=plain")
+    assert ("measure", "model") not in calls
+    assert "entropy_exact" not in numbers
+
+
+def test_a_policy_over_another_vocabulary_is_refused_before_anything_is_sampled(job, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"vocab_size": 7}')
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 9}')
+    with pytest.raises(ValueError, match=r"has 7 .* has 9, .*evaluate\.measure=false"):
+        job(f"evaluate.model={other}")
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
 def test_a_verifier_takes_part_if_it_was_there_before_the_choice(job, tmp_path):
     job()
     judge = store.verifier_of(tmp_path / "run")
     store.publish(store.fresh(judge), judge)
     assert job()[1] == []
-    assert job("evaluate.name=second")[1] == [*ASKED[:2], ("verify", "verifier"), ASKED[2]]
+    assert job("evaluate.name=second")[1] == [*ASKED[:3], ("verify", "verifier"), ASKED[3]]
 
 
 def test_another_evaluation_is_not_taken_for_this_one(job):

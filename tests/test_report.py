@@ -358,3 +358,15 @@ def test_the_job_prints_table_and_page(tmp_path):
     assert Path(one.stdout.strip().removeprefix("report: ")).is_file()
     bad = job(*words, "task=calc-2", "sample=x")
     assert (bad.returncode, bad.stderr) == (2, "error: sample=x: must be a whole number, at least 0\n")
+
+
+def test_a_scatter_names_its_points_and_keeps_them_inside():
+    svg = ET.fromstring(page.scatter([("seed", 30.0, 80.0), ("dpo:<1>", 55.0, 76.0)], x="pass@1", y="pass@8"))
+    circles = [node for node in svg.iter() if node.tag.endswith("circle")]
+    assert len(circles) == 2
+    width, height = map(float, svg.get("viewBox").split()[2:])
+    assert all(0 < float(node.get("cx")) < width and 0 < float(node.get("cy")) < height for node in circles)
+    assert float(circles[0].get("cx")) < float(circles[1].get("cx"))
+    assert float(circles[0].get("cy")) < float(circles[1].get("cy"))  # higher is less far down
+    assert "dpo:<1>" in "".join(svg.itertext())
+    assert page.scatter([], x="a", y="b") == ""
