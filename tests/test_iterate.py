@@ -22,8 +22,9 @@ def job(name):
 
 def outcome(task_id, sample, grade, prompt="p"):
     return Outcome(
-        task_id=task_id, sample=sample, prompt=prompt, num_turns=1, num_actions=1, stop=Stop.AGENT, grade=grade
-    )
+        task_id=task_id, sample=sample, kind="model", prompt=prompt, num_turns=1, num_actions=1, num_tokens=2,
+        patch_class="", stop=Stop.AGENT, grade=grade, verdict=None,
+    )  # fmt: skip
 
 
 TASK = Task(
