@@ -191,17 +191,16 @@ def interval(values: Floats) -> tuple[float | None, float | None, float | None]:
     else:
         parts = ((of_tasks, tasks - 1), (of_seeds, seeds - 1), (rest, (tasks - 1) * (seeds - 1)))
         freedom = total**2 / sum(square**2 / degrees for square, degrees in parts)
-    half = t_quantile(freedom) * math.sqrt(total / (seeds * tasks)) if total else 0.0
+    half = t_quantile(max(1.0, freedom)) * math.sqrt(total / (seeds * tasks)) if total else 0.0
     return mean, mean - half, mean + half
 
 
 @functools.cache
 def t_quantile(freedom: float) -> float:
-    """The 0.975 quantile of Student's t; `freedom` need not be whole."""
+    """The 0.975 quantile of Student's t; `freedom`, at least 1, need not be whole."""
     # with t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1): bounded, and on a finite range
     angle = np.linspace(0.0, math.pi / 2, 200_001)
-    with np.errstate(divide="ignore"):
-        density = np.cos(angle) ** (freedom - 1) if freedom >= 1 else np.ones_like(angle)
+    density = np.cos(angle) ** (freedom - 1)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return float(math.sqrt(freedom) * math.tan(float(np.interp(0.95, mass / mass[-1], angle))))
 
@@ -226,10 +225,7 @@ def compare(cfg: config.Run) -> dict[str, Any]:
         "arms": table(cells, cfg.compare.against),
         "facts": {name: _averaged(rows) for name, rows in scalars.items()},
     }
-    path = store.place(cfg.run_dir) / "comparison.json"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    store.save(store.place(cfg.run_dir) / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 
 

@@ -36,7 +36,7 @@ def write(run_dir: str | Path) -> Path:
         page.section("Plots", f'<div class="figures two">{"".join(_figures(result["arms"], n))}</div>'),
         page.section("Policies and budgets", _facts(result["facts"])),
     ]
-    return page.save(home / "comparison.html", page.page("Comparison", "".join(parts)))
+    return store.save(home / "comparison.html", page.page("Comparison", "".join(parts)))
 
 
 MEASURES = ("pass@1", "pass@{n}", "best@{n}", "distinct", "entropy_passing")  # what is said in words

@@ -161,6 +161,11 @@ class Train(Fit):
     drift: float = 0.1  # nats per action token since sampling, above which stale=drop drops
     ess_min: float = 0.3  # share of the units that weights must leave in effect, else the update is refused
 
+    @property
+    def kind(self) -> Literal["pair", "label", "example"]:
+        """What the loss learns from."""
+        return "pair" if self.loss in ("dpo", "ipo") else "example" if self.loss == "sft" else "label"
+
 
 @dataclass(frozen=True)
 class Model:
@@ -420,7 +425,7 @@ def _objective(train: Train) -> list[tuple[bool, str]]:
 
 
 def _losses(train: Train) -> list[tuple[bool, str]]:
-    loss, pairs, labels = train.loss, train.loss in ("dpo", "ipo"), train.loss in ("kto", "bco")
+    loss, pairs, labels = train.loss, train.kind == "pair", train.kind == "label"
     return [
         (train.beta >= 0, f"train.beta={train.beta}: must not be negative"),
         (train.entropy >= 0, f"train.entropy={train.entropy}: must not be negative"),

@@ -155,10 +155,7 @@ def pin(out: store.Evaluation, asked: dict[str, Any]) -> None:
                     f"{key}={asked[key]}: {path.parent} was made with {old}; give another evaluate.name or run_dir"
                 )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    store.save(path, json.dumps(asked, indent=2) + "\n")
 
 
 def execute(trajectories: Path, suite: Sequence[Task], cfg: config.Rollout, *, to: Path) -> dict[str, float]:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 _POINTS = 200  # of one curve; longer ones are averaged
@@ -27,6 +25,7 @@ class Series:
 
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 330, 190, 44, 70, 12, 30
+# dark enough for print, told apart by lightness and by dashes, not by hue alone
 _INKS = (("#1d4e89", ""), ("#b4541a", "5 3"), ("#3f7d4e", "2 2"), ("#7a4a8c", "8 3 2 3"))
 
 
@@ -142,14 +141,6 @@ def figure(title: str, picture: str, note: str = "") -> str:
     """A plot under its title; nothing for nothing."""
     said = f"<small>{note}</small>" if note else ""
     return f"<figure><figcaption>{html.escape(title)}{said}</figcaption>{picture}</figure>" if picture else ""
-
-
-def save(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    return path
 
 
 def page(title: str, body: str) -> str:

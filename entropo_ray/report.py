@@ -196,12 +196,6 @@ def _time(seconds: float | None) -> str:
     return _MISSING if seconds is None else observe.duration(seconds)
 
 
-# --- plots -----------------------------------------------------------------------------------------------------------
-
-
-# dark enough for print, told apart by lightness and by dashes, not by hue alone
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +211,7 @@ def write(run_dir: str | Path) -> Path:
         page.section("Attempts to read", _attempts(home, rows)),
         page.section("Stages", _stages(lines)),
     ]
-    return page.save(home / "report.html", page.page(f"{home.name} · report", "".join(parts)))
+    return store.save(home / "report.html", page.page(f"{home.name} · report", "".join(parts)))
 
 
 def _headline(home: Path, rows: Sequence[Row]) -> str:
@@ -448,7 +442,7 @@ def _pages(home: Path, t: int, keys: Sequence[tuple[str, int]]) -> dict[tuple[st
         name = f"round-{t:02d}-{re.sub(r'[^A-Za-z0-9.]+', '-', attempt.task_id)}-{attempt.sample}.html"
         decode = words if attempt.kind == "model" else None
         body = _conversation(attempt, suite.get(attempt.task_id), decode)
-        pages[attempt.task_id, attempt.sample] = page.save(home / "report" / name, page.page(attempt.task_id, body))
+        pages[attempt.task_id, attempt.sample] = store.save(home / "report" / name, page.page(attempt.task_id, body))
     return pages
 
 

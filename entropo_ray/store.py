@@ -198,14 +198,27 @@ def seal(product: Path, record: type[Any]) -> int:
     return rows
 
 
+def save(path: Path, text: str) -> Path:
+    """A file of text, whole or not there: written aside, then renamed. Its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
 def read(product: Path, record: type[R]) -> Iterator[R]:
     """The records of a whole product. FileNotFoundError if it is not done, ValueError if it lacks a column."""
     columns = arrow_schema(record).names
     for part in parts_of(product):
-        missing = sorted(set(columns) - set(pq.read_schema(part).names))
-        if missing:
-            raise ValueError(f"{product} has no column {missing[0]}: an older version made it; give another run_dir")
-        yield from from_table(record, pq.read_table(part, columns=columns))
+        with pq.ParquetFile(part) as file:
+            missing = sorted(set(columns) - set(file.schema_arrow.names))
+            if missing:
+                raise ValueError(
+                    f"{product} has no column {missing[0]}: an older version made it; give another run_dir"
+                )
+            table = file.read(columns=columns)
+        yield from from_table(record, table)
 
 
 def find(product: Path, record: type[R], keys: Iterable[tuple[str, int]]) -> list[R]:

@@ -43,7 +43,7 @@ def prefer(out: store.Round, arm: compare.Arm, seed: int) -> dict[str, float]:
     assert arm.train is not None
     assert arm.preference is not None
     outcomes = list(store.read(out.trajectories, Outcome))
-    if arm.train.loss == "dpo":
+    if arm.train.kind == "pair":
         pairs = preference.pairs(outcomes, arm.preference, seed=seed)
         return {"pairs": store.write(out.preferences, Pair, pairs)}
     return {"labels": store.write(out.preferences, Label, preference.labels(outcomes, arm.preference))}
@@ -73,9 +73,7 @@ def judge(cfg: config.Run, arm: compare.Arm, seed: int, stage: observe.Stage) ->
     with stage(f"resolve {word}") as numbers:
         numbers |= evaluate.resolve(out, suite, rollout, answers=ask.tasks.path, chosen_by=ask.select)
         numbers |= diversity.entropies(out.trajectories, out.measures, chat.load(policy.path))
-    partial = out.numbers.with_suffix(".json.partial")
-    partial.write_text(json.dumps(numbers, indent=2) + "\n")
-    partial.replace(out.numbers)
+    store.save(out.numbers, json.dumps(numbers, indent=2) + "\n")
 
 
 def main(cfg: config.Run) -> None:

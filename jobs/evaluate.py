@@ -46,9 +46,7 @@ def run(cfg: config.Run) -> dict[str, float]:
         numbers |= evaluate.resolve(out, suite, rollout, answers=ask.tasks.path, chosen_by=ask.select)
         if store.done(out.measures):
             numbers |= diversity.entropies(out.trajectories, out.measures, chat.load(policy.path))
-    partial = out.numbers.with_suffix(".json.partial")
-    partial.write_text(json.dumps(numbers, indent=2) + "\n")
-    partial.replace(out.numbers)
+    store.save(out.numbers, json.dumps(numbers, indent=2) + "\n")
     return numbers
 
 

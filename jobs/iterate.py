@@ -38,7 +38,7 @@ def prefer(out: store.Round, cfg: config.Run) -> dict[str, float]:
     """Pairs (or labels, for losses of single trajectories) of one round, by key, and their counts."""
     outcomes = list(store.read(out.trajectories, Outcome))
     counts = preference.counts(outcomes, cfg.preference)
-    if cfg.train.loss in ("dpo", "ipo"):
+    if cfg.train.kind == "pair":
         pairs = preference.pairs(outcomes, cfg.preference, seed=cfg.seed)
         return {"pairs": store.write(out.preferences, Pair, pairs), **counts}
     labels = preference.labels(outcomes, cfg.preference)

@@ -47,7 +47,7 @@ def value(text):
 @given(
     names,
     st.lists(st.tuples(names, values), max_size=4),
-    values.filter(lambda text: parse._OPENING.search(text) is None and not text.lstrip().startswith("<think>")),
+    values.filter(lambda text: parse.OPENING.search(text) is None and not text.lstrip().startswith("<think>")),
     st.sampled_from(["", "\n", "</tool_call>", "\n</tool_call>\n", " \t"]),
 )
 def test_every_call_comes_back_identical(name, arguments, prefix, suffix):

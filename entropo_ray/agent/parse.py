@@ -20,7 +20,7 @@ VERSION = 1  # of the codec; part of the scaffold's hash
 
 _NAME = r"[A-Za-z_]\w*+"
 # Structural: a mention of <function=foo> in prose is followed by neither.
-_OPENING = re.compile(rf"<function=({_NAME})>\s*+(?=<parameter=|</function>)")
+OPENING = re.compile(rf"<function=({_NAME})>\s*+(?=<parameter=|</function>)")
 _PARAMETER = re.compile(rf"<parameter=({_NAME})>")
 _VALUE_END = re.compile(rf"</parameter>\s*+(?=<parameter={_NAME}>|</function>)")
 _CLOSING = "</function>"
@@ -91,12 +91,12 @@ def parse(reply: str) -> Parsed:
 
 def read(reply: str) -> Call:
     """The one call of a reply. Raises Unreadable."""
-    opening = _OPENING.search(reply, _after_thinking(reply))
+    opening = OPENING.search(reply, _after_thinking(reply))
     if opening is None:
         raise Unreadable(ParseStatus.NO_CALL, f"Every reply needs exactly one call:\n{FORMAT}")
     values, end = _values(reply, opening.end())
     rest = reply[end:]
-    if more := len(_OPENING.findall(rest)):
+    if more := len(OPENING.findall(rest)):
         raise Unreadable(
             ParseStatus.MULTIPLE_CALLS, f"{more + 1} calls in one reply; none was run. Send one call a reply."
         )
@@ -147,7 +147,7 @@ def _values(reply: str, at: int) -> tuple[list[tuple[str, str]], int]:
                 f"The call does not end: </parameter> of {key[1]} followed by {_CLOSING} is missing.",
             )
         raw = reply[key.end() : end.start()]
-        if _OPENING.search(raw):
+        if OPENING.search(raw):
             raise Unreadable(ParseStatus.AMBIGUOUS, f"A call stands inside the value of {key[1]}. {ESCAPE_RULE}")
         values.append((key[1], _value(raw)))
         at = end.end()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+from entropo_ray.agent.parse import OPENING
 from entropo_ray.chat import Chat
 
 SEGMENTS = ("thought", "tool", "arguments")
-_CALL = re.compile(r"<function=[A-Za-z_]\w*>(?=\s*(?:<parameter=|</function>))")  # a mention is followed by neither
 
 
 def spans(ids: Sequence[int], chat: Chat) -> dict[str, tuple[int, int]]:
@@ -18,10 +17,10 @@ def spans(ids: Sequence[int], chat: Chat) -> dict[str, tuple[int, int]]:
     tags and the end of turn among them. A reply without a call is all thought. A token that holds a part of the tool's
     name belongs to the tool, as that is what it decides: tokenizers may join a name with the tag that follows.
     """
-    calls = list(_CALL.finditer(chat.decode(ids)))
+    calls = list(OPENING.finditer(chat.decode(ids)))
     if not calls:
         return dict.fromkeys(SEGMENTS, (len(ids), len(ids))) | {"thought": (0, len(ids))}
-    first, last = calls[-1].span()
+    first, last = calls[-1].start(), calls[-1].end(1) + 1
     begin, end = _fewest(ids, chat, first + 1) - 1, _fewest(ids, chat, last)
     return {"thought": (0, begin), "tool": (begin, end), "arguments": (end, len(ids))}
 

@@ -7,6 +7,7 @@ Every rank holds the same state, because it is fed with what all ranks measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,10 @@ class Baseline:
         keys = [unit.keys[0] for unit in job.units]
         self.tasks = [task for task, _ in keys]
         self.table = rewards_of(job.start, keys, job.cfg, job.length)
+        sizes = Counter(self.tasks)
+        self.alone = sum(sizes[task] == 1 for task in self.tasks) if self.kind == "group" else 0  # in their task
         self.value = self._first()
-        self.alone = 0  # units of the round whose task has no other
+        self._place()
 
     def _first(self) -> float:
         start, keys = self.job.start, [unit.keys[0] for unit in self.units]
@@ -64,7 +67,7 @@ class Baseline:
 
     def _solved(self) -> float:
         """The delta that minimises bco on the start's rewards."""
-        delta, offsets = 0.0, self._offsets(range(len(self.units)))
+        delta, offsets = 0.0, self._offsets()
         for _ in range(100):
             delta += self._newton(self.table - offsets - delta, range(len(self.units)))
         return delta
@@ -79,26 +82,31 @@ class Baseline:
         bend = (weight * chance * (1 - chance)).sum().clamp(min=1e-9)
         return float((slope / bend).clamp(-1, 1))
 
-    def _offsets(self, units: Sequence[int]) -> Tensor:
-        """[U] what a unit's own task adds to delta: the mean reward of the others, where the kind asks for it."""
+    def _offsets(self) -> Tensor:
+        """[N] what a unit's own task adds to delta: the mean reward of the others, where the kind asks for it."""
         if self.kind != "group" or self.cfg.loss == "kto":
-            return torch.zeros(len(units), dtype=torch.float64)
-        return self._others(units, float(self.table.mean()))
+            return torch.zeros(len(self.units), dtype=torch.float64)
+        return objective.z0_group(self.table, self.tasks, float(self.table.mean()))[0]
 
-    def _others(self, units: Sequence[int], fallback: float) -> Tensor:
-        whole, self.alone = objective.z0_group(self.table, self.tasks, fallback)
-        return whole[list(units)]
+    def _place(self) -> None:
+        """The points of all units, which hold until the next update."""
+        if self.kind == "group" and self.cfg.loss == "kto":
+            self.points = objective.z0_group(self.table, self.tasks, self.value)[0]
+        else:
+            self.points = self._offsets() + self.value
 
     def of(self, units: Sequence[int]) -> Tensor:
         """[U] float64, without gradient."""
-        if self.kind == "group" and self.cfg.loss == "kto":
-            return self._others(units, self.value)
-        return self._offsets(units) + self.value
+        return self.points[list(units)]
 
     def update(self, seen: Sequence[Seen]) -> None:
         """Take in what a step measured over all ranks."""
         for one in seen:
             self.table[one.unit] = one.reward
+        self._move(seen)
+        self._place()
+
+    def _move(self, seen: Sequence[Seen]) -> None:
         rewards, nats, ratio = (
             torch.tensor([getattr(one, name) for one in seen], dtype=torch.float64)
             for name in ("reward", "nats", "ratio")
@@ -107,7 +115,7 @@ class Baseline:
             return
         if self.cfg.loss == "bco" and self.kind != "mean":
             units = [one.unit for one in seen]
-            self.value += (1 - _DECAY) * self._newton(rewards - self._offsets(units) - self.value, units)
+            self.value += (1 - _DECAY) * self._newton(rewards - self._offsets()[units] - self.value, units)
             return
         if self.kind == "exact":
             found = sum(one.z0_exact for one in seen) / len(seen)
@@ -124,3 +132,4 @@ class Baseline:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.value, self.table = state["value"], torch.tensor(state["table"], dtype=torch.float64)
+        self._place()

@@ -30,8 +30,13 @@ class Row:
 
     def turns(self) -> list[tuple[int, int]]:
         """(start, stop) of each turn's action tokens: an observation always stands between two replies."""
-        edges = np.flatnonzero(np.diff(self.action_mask, prepend=False, append=False))
-        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+        return stretches(self.action_mask)
+
+
+def stretches(mask: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of each run of True in [L] bool."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def swapped(row: Row, other: Row) -> Row:

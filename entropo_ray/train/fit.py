@@ -19,7 +19,6 @@ from entropo_ray.train import objective, rows
 from entropo_ray.train import reference as reference_pass
 from entropo_ray.train.step import STEPS, Job, Start
 from entropo_ray.train.units import (
-    KINDS,
     entropy_of,
     fresh,
     health,
@@ -27,13 +26,14 @@ from entropo_ray.train.units import (
     kl_of,
     length_of,
     lost_share,
+    narrowed,
     start_of,
     swap,
     unit,
     units_of,
-    weight_file,
 )
 
+UPDATE = "update.json"  # beside the weights: what an update leaves for the next one
 _RESTARTS = 3
 # glibc gives blocks of this size back to the kernel and faults them in again for every tensor of a step; a CPU rank
 # that keeps them read 13 % more tokens a second (0.98M parameters, packs of 8 rows)
@@ -72,7 +72,7 @@ def fit(
     cut = cfg.max_tokens if cfg.variant == "released" else None
     found = rows.sizes(out.trajectories, cut)
     units = units_of(out, cfg, found)
-    job = Job(KINDS[cfg.loss], policy, out.trajectories, tuple(units), cfg, seed, to, cut=cut)
+    job = Job(cfg.kind, policy, out.trajectories, tuple(units), cfg, seed, to, cut=cut)
     _check(job)
     if job.kind == "example":
         return _run(job, to)
@@ -86,7 +86,10 @@ def fit(
     units, numbers = fresh(units, start, rows.behaviour(out.trajectories, keys_of(units), cut), cfg)
     numbers |= {"entropy_start": entropy_of(start), "kl_start": kl_of(start), "entropy_weight": cfg.entropy}
     numbers["lost_share"] = lost_share(keys_of(units), found)
-    start = start_of(out, keys_of(units), moved=moved, turns=cfg, cut=cut)
+    if cfg.turns == "all":
+        start = narrowed(start, keys_of(units))
+    else:
+        start = start_of(out, keys_of(units), moved=moved, turns=cfg, cut=cut)
     length = length_of(cfg, start)
     numbers |= health(units, start, cfg, length)
     job = replace(job, units=tuple(units), cfg=cfg, reference=out.reference, start=start, length=length)
@@ -98,7 +101,7 @@ def _entropy_weight(policy: Policy, start: Start, cfg: config.Train) -> float:
     """lambda of this round: as configured, or what dual ascent makes of the last round's."""
     if cfg.entropy_target is None:
         return cfg.entropy
-    before = weight_file(policy.path)
+    before = policy.path / UPDATE
     later = policy.round > 0 and before.is_file()  # a first policy may come from another run
     last = json.loads(before.read_text())["entropy"] if later else cfg.entropy
     return objective.dual(
@@ -168,7 +171,7 @@ def _run(job: Job, to: Path) -> dict[str, float]:
     trainer.fit()
     shutil.rmtree(partial / "ranks", ignore_errors=True)
     if isinstance(cfg, config.Train):
-        weight_file(partial).write_text(json.dumps({"loss": cfg.loss, "beta": cfg.beta, "entropy": cfg.entropy}) + "\n")
+        (partial / UPDATE).write_text(json.dumps({"loss": cfg.loss, "beta": cfg.beta, "entropy": cfg.entropy}) + "\n")
     numbers = _numbers(partial / STEPS) | {"seconds": time.perf_counter() - started}
     store.publish(partial, to, policy=str(job.policy.path), seed=job.seed)
     return numbers

@@ -188,9 +188,8 @@ def kto(
     """
     assert not baseline.requires_grad, "the baseline z0 must not carry a gradient"
     value = reward(logp, ref_logp, beta=beta, entropy=entropy, tokens=tokens, **length)
-    importance = torch.where(desirable, weight_pass, weight_fail).to(value.dtype)
-    margin = _sign(desirable, value) * (value - baseline)
-    return Loss(importance * torch.sigmoid(-margin), _labelled(margin, value, logp, desirable, baseline))
+    importance, margin, measures = _labelled(value, logp, desirable, baseline, weight_pass, weight_fail)
+    return Loss(importance * torch.sigmoid(-margin), measures)
 
 
 def bco(
@@ -212,9 +211,8 @@ def bco(
     minimiser is the optimum of the objective, and delta = b - V_1 of the prompt.
     """
     value = reward(logp, ref_logp, beta=beta, entropy=entropy, tokens=tokens, **length)
-    importance = torch.where(desirable, weight_pass, weight_fail).to(value.dtype)
-    margin = _sign(desirable, value) * (value - delta)
-    return Loss(-importance * logsigmoid(margin), _labelled(margin, value, logp, desirable, delta))
+    importance, margin, measures = _labelled(value, logp, desirable, delta, weight_pass, weight_fail)
+    return Loss(-importance * logsigmoid(margin), measures)
 
 
 def imitation(logp: Tensor, tokens: Tensor) -> Loss:
@@ -222,28 +220,31 @@ def imitation(logp: Tensor, tokens: Tensor) -> Loss:
     return Loss(-logp, {"logp": logp.detach() / tokens})
 
 
-def _sign(desirable: Tensor, like: Tensor) -> Tensor:
-    return torch.where(desirable, 1.0, -1.0).to(like.dtype)
-
-
-def _labelled(margin: Tensor, value: Tensor, logp: Tensor, desirable: Tensor, baseline: Tensor) -> dict[str, Tensor]:
-    far = (value.detach() - baseline.detach()).abs() > 4  # sigma' is below .018 there
-    return _decided(margin) | {
+def _labelled(
+    value: Tensor, logp: Tensor, desirable: Tensor, point: Tensor, weight_pass: float, weight_fail: float
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """[B] weight of each label, [B] margin of its reward over the reference point, and measures."""
+    importance = torch.where(desirable, weight_pass, weight_fail).to(value.dtype)
+    margin = torch.where(desirable, 1.0, -1.0).to(value.dtype) * (value - point)
+    far = (value.detach() - point.detach()).abs() > 4  # sigma' is below .018 there
+    measures = {
         "reward": value.detach(),
         "logp": logp.detach(),
         "passed": desirable.to(value.dtype),
         "saturated_share": far.to(value.dtype),
     }
+    return importance, margin, _decided(margin) | measures
 
 
 def _decided(margin: Tensor) -> dict[str, Tensor]:
     still = margin.detach()
-    weight = torch.sigmoid(-still)
-    return {
-        "margin": still,
-        "accuracy": (still > 0).to(still.dtype),
-        "useful_share": ((weight >= USEFUL[0]) & (weight <= USEFUL[1])).to(still.dtype),
-    }
+    return {"margin": still, "accuracy": (still > 0).to(still.dtype), "useful_share": useful(still)}
+
+
+def useful(margin: Tensor) -> Tensor:
+    """[B] 1.0 where sigma(-margin), with which a pair or label pulls, lies within USEFUL."""
+    weight = torch.sigmoid(-margin)
+    return ((weight >= USEFUL[0]) & (weight <= USEFUL[1])).to(margin.dtype)
 
 
 # --- the reference point z0 of kto: the reward of a typical own output ------------------------------------------------

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from entropo_ray import store
-from entropo_ray.train.batch import Key, Row
+from entropo_ray.train.batch import Key, Row, stretches
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def turns(product: Path, keys: Collection[Key], cut: int | None = None) -> dict[
     found: dict[Key, list[int]] = {}
     for table in _tables(product, ["action_mask"], keys):
         for key, mask in zip(_keys(table), _arrays(table["action_mask"]), strict=True):
-            found[key] = [stop - start for start, stop in Row(key, mask, mask).head(cut).turns()]
+            found[key] = [stop - start for start, stop in stretches(mask[:cut])]
     _check(found.keys(), keys, product)
     return found
 

@@ -135,8 +135,7 @@ def batch_of(
     device = scores.logp.device
     ratio = torch.zeros_like(scores.logp)
     if reference:
-        # subtract per token, then add in double: sums of a long trajectory in fp32 drown a small difference
-        ratio = scores.logp - torch.cat([reference[key] for key in packed.keys]).to(device)
+        ratio = _ratio(packed, scores, reference)
     columns = {
         "logp": turn_sums(scores.logp, packed),
         "ratio": turn_sums(ratio, packed),
@@ -247,8 +246,12 @@ def totals(batch: Batch, loss: objective.Loss) -> dict[str, float]:
 def ratios(packed: Pack, scores: Scores, reference: Mapping[Key, Tensor]) -> tuple[Tensor, Tensor]:
     """[B] log pi and log pi_ref of a pack that is scored without gradient."""
     logp = sums(scores.logp, packed)
-    other = torch.cat([reference[key] for key in packed.keys]).to(scores.logp.device)
-    return logp, logp - sums(scores.logp - other, packed)
+    return logp, logp - sums(_ratio(packed, scores, reference), packed)
+
+
+def _ratio(packed: Pack, scores: Scores, reference: Mapping[Key, Tensor]) -> Tensor:
+    """[A] log pi - log pi_ref: by token, as sums of a long trajectory in fp32 drown a small difference."""
+    return scores.logp - torch.cat([reference[key] for key in packed.keys]).to(scores.logp.device)
 
 
 def rewards_of(start: Start, keys: Sequence[Key], cfg: config.Train, length: Mapping[str, float]) -> Tensor:

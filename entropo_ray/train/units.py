@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,12 @@ from entropo_ray.train.step import Start, Unit, rewards_of, turn_weights
 
 log = logging.getLogger("entropo_ray")
 
-KINDS = {"dpo": "pair", "ipo": "pair", "kto": "label", "bco": "label", "sft": "example"}
 _USEFUL = 0.5  # of the pairs; below it an update teaches little
 
 
 def units_of(out: store.Round, cfg: config.Train, found: Mapping[Key, Size]) -> list[Unit]:
     """Units of the round's preferences, by key. ValueError for a key without a trajectory."""
-    if KINDS[cfg.loss] == "pair":
+    if cfg.kind == "pair":
         pairs = sorted(store.read(out.preferences, Pair), key=lambda pair: (pair.task_id, pair.chosen, pair.rejected))
         return [
             unit([(pair.task_id, pair.chosen), (pair.task_id, pair.rejected)], found, weight=pair.weight)
@@ -93,6 +92,11 @@ def start_of(
     return Start(mine["logp"], ref_logp, mine["entropy"], mine["kl"], tokens, ref_nats)
 
 
+def narrowed(start: Start, keys: Sequence[Key]) -> Start:
+    """The start of some of its trajectories."""
+    return Start(*({key: getattr(start, field.name)[key] for key in keys} for field in fields(start)))
+
+
 def length_of(cfg: config.Train, start: Start) -> dict[str, float]:
     """Length options of the reward, fixed for the round from the reference's own view of its data."""
     nats, tokens = math.fsum(start.ref_nats.values()), sum(start.tokens.values())
@@ -141,13 +145,12 @@ def health(units: Sequence[Unit], start: Start, cfg: config.Train, length: Mappi
 
     Warns, naming the knob, where most pairs are saturated at once (method.md section 9).
     """
-    if KINDS[cfg.loss] != "pair" or cfg.turns == "branch":
+    if cfg.kind != "pair" or cfg.turns == "branch":
         return {}
     sides = [rewards_of(start, [one.keys[place] for one in units], cfg, length) for place in (0, 1)]
     margin = sides[0] - sides[1] - (cfg.gap if cfg.loss == "dpo" else 0.0)
     lengths = [torch.tensor([start.tokens[one.keys[i]] for one in units], dtype=torch.float64) for i in (0, 1)]
-    weight = torch.sigmoid(-margin)
-    useful = float(((weight >= objective.USEFUL[0]) & (weight <= objective.USEFUL[1])).double().mean())
+    useful = float(objective.useful(margin).mean())
     if useful < _USEFUL and cfg.loss == "dpo":
         log.warning(
             "%.0f %% of the pairs can learn (the others' weights are near 0 or 1 before the first step): "
@@ -224,8 +227,3 @@ def entropy_of(start: Start) -> float:
 def kl_of(start: Start) -> float:
     """KL to the reference in nats per action token, exact."""
     return math.fsum(start.kl.values()) / sum(start.tokens.values())
-
-
-def weight_file(policy: Path) -> Path:
-    """Beside the weights: what an update leaves for the next one."""
-    return policy / "update.json"
