@@ -44,6 +44,7 @@ class Arm:
 
     @property
     def key(self) -> str:
+        """The name as a part of a path."""
         return self.name.replace(":", "-")
 
 
@@ -108,6 +109,7 @@ def cell(run_dir: str, arm: Arm, seed: int) -> store.Round:
 
 
 def judged(run_dir: str, arm: Arm, seed: int) -> store.Evaluation:
+    """Where the held-out attempts of an arm lie."""
     return store.evaluation_of(run_dir, f"{arm.key}-{seed}")
 
 

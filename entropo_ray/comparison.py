@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from entropo_ray import page, store
 
-_CURVES = 4  # of one plot
+_CURVES = 3  # of one plot, beside the one that all are compared with
 _TITLES = {
     "distinct": "distinct solutions",
     "entropy_passing": "H(passing), nats",
@@ -33,7 +34,9 @@ def write(run_dir: str | Path) -> Path:
         page.section("Results", _table(result, ["pass@1", f"pass@{n}", f"best@{n}"])),
         page.section("Diversity", _table(result, ["patches", "vendi", "distinct", "entropy_passing"])),
         page.section("What lies outside the intervals", _said(result)),
-        page.section("Plots", f'<div class="figures two">{"".join(_figures(result["arms"], n))}</div>'),
+        page.section(
+            "Plots", f'<div class="figures two">{"".join(_figures(result["arms"], n, result["against"]))}</div>'
+        ),
         page.section("Policies and budgets", _facts(result["facts"])),
     ]
     return store.save(home / "comparison.html", page.page("Comparison", "".join(parts)))
@@ -109,16 +112,17 @@ def _said(result: Mapping[str, Any]) -> str:
     return f"<ul>{''.join(clear)}</ul>{rest}"
 
 
-def _figures(found: Mapping[str, Any], n: int) -> list[str]:
+def _figures(found: Mapping[str, Any], n: int, against: str) -> list[str]:
     points = [(arm, 100 * m["pass@1"]["mean"], 100 * m[f"pass@{n}"]["mean"]) for arm, m in found.items()]
     title = f"pass@{n} against pass@1, percent"
     figures = [page.figure(title, page.scatter(points, x="pass@1", y=f"pass@{n}"))]
-    names, ks = list(found), [float(k) for k in range(1, n + 1)]
+    ks, others = [float(k) for k in range(1, n + 1)], [arm for arm in found if arm != against]
+    plots = max(1, math.ceil(len(others) / _CURVES))
     for kind in ("pass", "best"):
-        for start in range(0, len(names), _CURVES):
+        for number in range(plots):
             curves = [
                 page.Series(arm, ks, [100 * found[arm][f"{kind}@{k:.0f}"]["mean"] for k in ks])
-                for arm in names[start : start + _CURVES]
+                for arm in [against, *others[number::plots]]
             ]
             figures.append(page.figure(f"{kind}@k, percent", page.plot(curves, x="k", whole=True)))
     return figures

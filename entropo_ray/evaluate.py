@@ -4,7 +4,7 @@
                  ─ verify ──> scores ────┴ candidates ─ choose ─> choice, predictions.jsonl ─ resolve ─> grades, numbers
 
 Everything is joined by (task_id, sample). Hidden tests are opened by `resolve` alone, after the choice is on disk.
-Sources of the formulas: method.md section 15 (pass@k after Chen et al. 2021, arXiv 2107.03374).
+pass@k after Chen et al. 2021 (arXiv 2107.03374); best@k is its exact counterpart for a choice, see `best_at_k`.
 """
 
 from __future__ import annotations

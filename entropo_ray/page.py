@@ -25,6 +25,7 @@ class Series:
 
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 330, 190, 44, 70, 12, 30
+_LETTER = 6.2  # mean width of a letter of a name
 # dark enough for print, told apart by lightness and by dashes, not by hue alone
 _INKS = (("#1d4e89", ""), ("#b4541a", "5 3"), ("#3f7d4e", "2 2"), ("#7a4a8c", "8 3 2 3"))
 
@@ -40,12 +41,13 @@ def plot(series: Sequence[Series], *, x: str, zero: bool = False, whole: bool = 
     xticks = _ticks(min(min(s.xs) for s in drawn), max(max(s.xs) for s in drawn), whole=whole)
     across = _scale(min(min(s.xs) for s in drawn), max(max(s.xs) for s in drawn), _LEFT, _WIDTH - _RIGHT)
     up = _scale(min(ticks[0], low), max(ticks[-1], high), _HEIGHT - _BOTTOM, _TOP)
-    parts = [_grid(ticks, up), *(_mark(v, across(v)) for v in xticks if across(v) <= _WIDTH - _RIGHT + 0.5)]
+    parts = [
+        _grid(ticks, up),
+        *(_mark(v, across(v)) for v in xticks if _LEFT - 0.5 <= across(v) <= _WIDTH - _RIGHT + 0.5),
+    ]
     parts += [_curve(s, i, across, up) for i, s in enumerate(drawn)]
     parts += _names(drawn, up)
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 3}" text-anchor="middle" class="axis">{html.escape(x)}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return _svg(parts, [s.name for s in drawn], x)
 
 
 def scatter(points: Sequence[tuple[str, float, float]], *, x: str, y: str) -> str:
@@ -65,10 +67,16 @@ def scatter(points: Sequence[tuple[str, float, float]], *, x: str, y: str) -> st
             f'<text x="{across(right) + 5:.1f}" y="{up(high) + 3:.1f}" fill="{ink}" class="name">'
             f"{html.escape(name)}</text>"
         )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 3}" text-anchor="middle" class="axis">{html.escape(x)}</text>')
     parts.append(f'<text x="{_LEFT}" y="{_TOP - 3}" class="axis">{html.escape(y)}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return _svg(parts, [name for name, _, _ in points], x)
+
+
+def _svg(parts: Sequence[str], names: Sequence[str], x: str) -> str:
+    """The picture, with room on its right for the longest of the names that may begin there, and x below its axis."""
+    width = _WIDTH + max(0.0, _LETTER * max(len(name) for name in names) - _RIGHT + 7)
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    axis = f'<text x="{middle:.0f}" y="{_HEIGHT - 3}" text-anchor="middle" class="axis">{html.escape(x)}</text>'
+    return f'<svg viewBox="0 0 {width:.0f} {_HEIGHT}" role="img">{"".join(parts)}{axis}</svg>'
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
@@ -104,6 +112,7 @@ def _mark(value: float, x: float) -> str:
 
 
 def tick(value: float) -> str:
+    """Four digits, with a real minus sign."""
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -144,6 +153,7 @@ def figure(title: str, picture: str, note: str = "") -> str:
 
 
 def page(title: str, body: str) -> str:
+    """A whole document around `body`, which is HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -152,6 +162,7 @@ def page(title: str, body: str) -> str:
 
 
 def section(title: str, body: str) -> str:
+    """HTML under a heading; nothing for nothing."""
     return f"<section><h2>{title}</h2>{body}</section>\n" if body else ""
 
 

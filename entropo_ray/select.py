@@ -1,7 +1,7 @@
 """The test-time choice: one of several attempts at a task, by what may be known without its hidden tests.
 
 Every criterion maps a candidate to a value, and only the candidates with the greatest value go on to the next one. So
-the whole choice is one lexicographic key, and best@k can be computed exactly from the keys (method.md, section 15).
+the whole choice is one lexicographic key, and best@k can be computed exactly from the keys (evaluate.best_at_k).
 """
 
 from __future__ import annotations

@@ -128,8 +128,10 @@ class Baseline:
         self.value = _DECAY * self.value + (1 - _DECAY) * found
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the value, and the rewards by unit that group means are made of."""
         return {"value": self.value, "table": self.table.tolist()}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
         self.value, self.table = state["value"], torch.tensor(state["table"], dtype=torch.float64)
         self._place()

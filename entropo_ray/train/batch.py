@@ -80,6 +80,7 @@ class Pack:
     targets: Tensor  # [A] action token ids
 
     def to(self, device: torch.device | str) -> Pack:
+        """The pack with its tensors on a device."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),

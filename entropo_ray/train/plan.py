@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Slot:
+    """A place of a pack."""
+
     unit: int  # index into the list of units
     weight: float  # 0.0: a repeat that fills a short step
 

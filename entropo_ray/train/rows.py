@@ -17,6 +17,8 @@ from entropo_ray.train.batch import Key, Row, stretches
 
 @dataclass(frozen=True)
 class Size:
+    """Of one trajectory."""
+
     tokens: int
     actions: int
     lost: int = 0  # action tokens behind the cut

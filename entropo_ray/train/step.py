@@ -113,6 +113,7 @@ class Batch:
 
     @property
     def desirable(self) -> Tensor:
+        """[U] bool labels."""
         return torch.tensor([unit.desirable for unit in self.units], device=self.weights.device)
 
     def present(self) -> Tensor:

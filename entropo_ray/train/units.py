@@ -48,6 +48,7 @@ def units_of(out: store.Round, cfg: config.Train, found: Mapping[Key, Size]) -> 
 
 
 def unit(keys: Iterable[Key], found: Mapping[Key, Size], *, desirable: bool = True, weight: float = 1.0) -> Unit:
+    """A unit of the trajectories `keys` (chosen first), with their sizes. ValueError for a key without one."""
     keys = tuple(keys)
     for key in keys:
         if key not in found:
@@ -66,6 +67,7 @@ def unit(keys: Iterable[Key], found: Mapping[Key, Size], *, desirable: bool = Tr
 
 
 def keys_of(units: Iterable[Unit]) -> list[Key]:
+    """The trajectories of the units, each once, ascending."""
     return sorted({key for one in units for key in one.keys})
 
 
@@ -143,7 +145,7 @@ def _enough(units: Sequence[Unit], weights: Sequence[float], of: int, cfg: confi
 def health(units: Sequence[Unit], start: Start, cfg: config.Train, length: Mapping[str, float]) -> dict[str, float]:
     """Of pairs before the first step: the share that can learn, and how far the margin is only length.
 
-    Warns, naming the knob, where most pairs are saturated at once (method.md section 9).
+    Warns, naming the knob, where most pairs are saturated at once.
     """
     if cfg.kind != "pair" or cfg.turns == "branch":
         return {}

@@ -41,6 +41,8 @@ def train_loop(job: Job) -> None:
 
 
 class Fitting:
+    """One rank's part of an update: its rows, its engine, and the plan that all ranks follow."""
+
     def __init__(self, job: Job) -> None:
         self.job, self.cfg = job, job.cfg
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -90,6 +92,7 @@ class Fitting:
         return found, {key: torch.from_numpy(values) for key, values in scored.items()}
 
     def run(self) -> None:
+        """All steps from the last checkpoint on, then the weights at job.to (rank 0)."""
         for number in range(self._resume(), len(self.steps)):
             started = time.perf_counter()
             line = self._step(number)

@@ -1,7 +1,7 @@
 """What a verifier is asked, and P(YES) from a causal language model.
 
 score = sigmoid(log p(YES | prompt) - log p(NO | prompt)), both words in full: no fixed position, no list of likely
-tokens, so the score is always a number in [0, 1] (agent.md, section 8.1).
+tokens, so the score is always a number in [0, 1].
 """
 
 from __future__ import annotations
