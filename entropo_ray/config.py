@@ -130,6 +130,7 @@ class Fit:
     checkpoint_steps: int = 0  # steps between in-stage checkpoints; 0: none
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpointing: bool = False  # recompute activations in the backward pass
+    share_prefix: bool = True  # what trajectories of one task have in common at their beginning is computed once
 
 
 @dataclass(frozen=True)

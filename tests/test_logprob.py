@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from entropo_ray.train import logprob
 from entropo_ray.train.batch import Row, pack
-from entropo_ray.train.logprob import Scorer, install, score, sums
+from entropo_ray.train.logprob import Anchor, Head, Scorer, Shard, install, score, sums
 
 
 def problem(dtype=torch.float64, rows=300, vocab=97, width=16):
@@ -25,10 +26,11 @@ def full(hidden, weight, target, bias, softcap):
     return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
+# one tile, five of 64 positions by the whole vocabulary, 10 of 64 by 64 with a ragged end each
+@pytest.mark.parametrize("floats", [0, 64 * 97, 1])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_tiles_equal_full_logits_in_value_and_gradient(softcap, with_bias, monkeypatch):
-    monkeypatch.setitem(logprob._TILE_FLOATS, "cpu", 1)  # the smallest tile, so that 300 rows are five tiles
+def test_tiles_equal_full_logits_in_value_and_gradient(softcap, with_bias, floats):
     hidden, weight, target, bias = problem(torch.float32)
     bias = bias if with_bias else None
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
@@ -37,7 +39,7 @@ def test_tiles_equal_full_logits_in_value_and_gradient(softcap, with_bias, monke
     def run(logp, entropy):
         return torch.autograd.grad((logp * up_logp + entropy * up_entropy).sum(), leaves)
 
-    ours = score(hidden, weight, target, bias=bias, softcap=softcap)
+    ours = score(hidden, weight, target, bias=bias, head=Head(softcap=softcap, floats=floats))
     logp, entropy = full(hidden, weight, target, bias, softcap)
     torch.testing.assert_close(ours.logp, logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.entropy, entropy, rtol=1e-5, atol=1e-5)
@@ -53,15 +55,39 @@ def test_no_action_token_gives_empty_scores_with_gradient():
     assert float(weight.grad.abs().sum()) == 0
 
 
-def test_memory_of_the_head_does_not_grow_with_action_tokens(monkeypatch):
-    monkeypatch.setitem(logprob._TILE_FLOATS, "cpu", 64 * 97)
+@pytest.mark.parametrize(("floats", "largest"), [(64 * 97, 64 * 97), (1, 64 * 64)])
+def test_no_more_logits_are_held_than_asked_for(monkeypatch, floats, largest):
     seen = []
     original = logprob._logits
-    monkeypatch.setattr(logprob, "_logits", lambda hidden, *rest: seen.append(len(hidden)) or original(hidden, *rest))
+
+    def told(*words):
+        seen.append(original(*words))
+        return seen[-1]
+
+    monkeypatch.setattr(logprob, "_logits", told)
     hidden, weight, target, _ = problem()
-    score(hidden, weight, target).logp.sum().backward()
-    assert max(seen) == 64
-    assert sum(seen) == 600  # each row once forward and once backward
+    score(hidden, weight, target, head=Head(floats=floats)).logp.sum().backward()
+    assert max(tile.numel() for tile in seen) == largest
+    assert sum(tile.numel() for tile in seen) == 2 * 300 * 97  # each logit once forward and once backward
+
+
+@pytest.mark.parametrize("floats", [0, 1])
+def test_kl_and_entropy_equal_those_of_full_logits_in_double(floats):
+    """Logits of up to 12 nats, and another model near by: errors are those of the logits in fp32."""
+    torch.manual_seed(1)
+    hidden, weight, target = torch.randn(300, 16), 0.6 * torch.randn(1000, 16), torch.randint(0, 1000, (300,))
+    near = weight + 0.05 * torch.randn_like(weight)
+    scores = score(hidden, weight, target, head=Head(floats=floats), anchor=Anchor(hidden, near, None, None))
+    log_p, log_q = (torch.log_softmax(hidden.double() @ head.double().T, -1) for head in (weight, near))
+    chosen = log_p.gather(1, target[:, None]).squeeze(1)
+    for found, truth in (
+        (scores.logp, chosen),
+        (scores.entropy, -(log_p.exp() * log_p).sum(-1)),
+        (scores.kl, (log_p.exp() * (log_p - log_q)).sum(-1)),
+    ):
+        assert float((found.double() - truth).abs().max()) < 2e-6
+    same = score(hidden, weight, target, head=Head(floats=floats), anchor=Anchor(hidden, weight, None, None))
+    assert float(same.kl.abs().max()) == 0.0
 
 
 def tiny(**options):
@@ -191,3 +217,112 @@ def test_an_unknown_head_is_refused():
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match="Sequential"):
         install(model)
+
+
+def alike(prompt=24, tails=(9, 20, 2), task="t"):
+    """Attempts at one task: the same prompt, and then a token that each of them says."""
+    rng = np.random.default_rng(7)
+    begin = rng.integers(0, 61, prompt).astype(np.int32)
+    found = []
+    for sample, tail in enumerate(tails):
+        said = rng.random(tail) < 0.5
+        said[[0, -1]] = True
+        ids = np.concatenate([begin, rng.integers(0, 61, tail).astype(np.int32)])
+        found.append(Row((task, sample), ids, np.concatenate([np.zeros(prompt, dtype=bool), said])))
+    return found
+
+
+OTHER = Row(("t", 9), ROWS[2].token_ids, ROWS[2].action_mask)  # of the same task, with another prompt
+SHARING = [*alike()[:2], ROWS[0], *alike(tails=(5, 30), task="u"), OTHER, *alike(prompt=4, task="short"), alike()[2]]
+
+
+def by_key(scorer, packed):
+    return dict(zip(packed.keys, scorer(packed).logp.split(list(packed.actions)), strict=True))
+
+
+def test_a_shared_prompt_stands_in_the_row_once():
+    packed = pack(SHARING, share=True)
+    assert packed.keys[:3] == (("t", 0), ("t", 1), ("t", 2))
+    assert packed.groups[:3] == ((24, (9, 20, 2)), (0, (40,)), (24, (5, 30)))
+    assert [(prompt, len(branches)) for prompt, branches in packed.groups[3:]] == [(OTHER.prompt, 1), *[(0, 1)] * 3]
+    assert packed.input_ids.shape[1] == sum(packed.lengths) - 2 * 24 - 24
+    assert len(packed.predictors) == sum(packed.actions)
+    assert sorted(packed.keys) == sorted(row.key for row in SHARING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_or_shared_is_bitwise_what_each_trajectory_is_alone(dtype):
+    scorer = Scorer(tiny().to(dtype))
+    alone = {one.key: scorer(pack([one])).logp for one in SHARING}
+    for share in (False, True):
+        found = by_key(scorer, pack(SHARING, share=share))
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(values, alone[key]) for key, values in found.items())
+
+
+def test_sharing_does_not_change_the_gradient():
+    apart, together = Scorer(tiny()), Scorer(tiny())
+    for scorer, share in ((apart, False), (together, True)):
+        packed = pack(SHARING, share=share)
+        # a weight of its own for every trajectory, by key
+        weights = {key: 1.0 + number for number, key in enumerate(sorted(packed.keys))}
+        totals = sums(scorer(packed).logp, packed)
+        (totals * torch.tensor([weights[key] for key in packed.keys])).sum().backward()
+    for mine, theirs in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_no_continuation_of_a_shared_prompt_reaches_another():
+    scorer = Scorer(tiny())
+    rows = alike()
+    before = by_key(scorer, pack(rows, share=True))
+    for changed in range(3):
+        ids = rows[changed].token_ids.copy()
+        ids[-1] = (ids[-1] + 7) % 61
+        others = [*rows]
+        others[changed] = Row(rows[changed].key, ids, rows[changed].action_mask)
+        packed = pack(others, share=True)
+        assert packed.groups == ((24, (9, 20, 2)),)
+        after = by_key(scorer, packed)
+        assert [torch.equal(before[r.key], after[r.key]) for r in rows] == [n != changed for n in range(3)]
+
+
+def test_a_window_is_computed_in_blocks():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 70, 8) for heads in (4, 2, 2))
+    from entropo_ray.train.attention import _causal
+
+    distance = torch.arange(70)[:, None] - torch.arange(70)[None, :]
+    visible = (distance >= 0) & (distance < 16)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+    torch.testing.assert_close(_causal(query, key, value, 8**-0.5, 16), expected, rtol=1e-5, atol=1e-6)
+
+
+def _half_a_head(rank, home):
+    """Of a rank of two: scores and gradients of its rows, beside those of the whole head."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
+    torch.manual_seed(1)
+    hidden, weight, target = torch.randn(90, 16), 0.6 * torch.randn(1000, 16), torch.randint(0, 1000, (90,))
+    near, bias = weight + 0.05 * torch.randn_like(weight), torch.randn(1000)
+    mine = slice(0, 333) if rank == 0 else slice(333, 1000)  # ragged
+    up = torch.randn(2, 90)
+
+    def run(rows, shard):
+        leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight[rows], bias[rows])]
+        head = Head(softcap=12.0, floats=64 * 100, shard=shard)
+        anchor = Anchor(hidden, near[rows], bias[rows], 12.0)
+        scores = score(leaves[0], leaves[1], target, bias=leaves[2], head=head, anchor=anchor)
+        (scores.logp * up[0] + scores.entropy * up[1]).sum().backward()
+        return [scores.logp.detach(), scores.entropy.detach(), scores.kl, *(leaf.grad for leaf in leaves)]
+
+    whole = run(slice(0, 1000), None)
+    part = run(mine, Shard(dist.group.WORLD, mine.start))
+    for number, (found, truth) in enumerate(zip(part, whole, strict=True)):
+        truth = truth[mine] if number >= 4 else truth
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=2e-6)
+    dist.destroy_process_group()
+
+
+def test_a_head_that_is_split_over_two_ranks_scores_like_a_whole_one(tmp_path):
+    torch.multiprocessing.spawn(_half_a_head, args=(str(tmp_path),), nprocs=2)

@@ -1,7 +1,10 @@
 """Causal attention over a packed row: each sequence is computed alone, so no token can see another trajectory.
 
-The function is registered with transformers under NAME and gets `lengths` through the model's forward. It never looks
-at masks or position ids: transformers isolates packed sequences by position ids only while no cache is in use.
+The function is registered with transformers under NAME and gets the pack's `groups` through the model's forward. It
+never looks at masks or position ids: transformers isolates packed sequences by position ids only while no cache is in
+use. A prompt that several sequences share stands in the row once. It is computed by a call of its own, and each
+continuation by an ordinary causal call over both: the same calls for a sequence that is alone, as the last bits of a
+kernel's result depend on the length of its input. So sharing changes no bit, at the price of the prompt's attention.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "entropo_packed"
+States = tuple[Tensor, Tensor, Tensor]  # query, key and value [1, heads, tokens, D]
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"}
 
 
@@ -26,7 +30,7 @@ def packed(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    lengths: Sequence[int],
+    groups: Sequence[tuple[int, Sequence[int]]],
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **others: Any,
@@ -39,9 +43,25 @@ def packed(
     if attention_mask is not None or dropout or unknown:
         what = "a mask" if attention_mask is not None else f"dropout={dropout}" if dropout else ", ".join(unknown)
         raise ValueError(f"packed attention of {type(module).__name__} cannot compute {what}")
-    parts = [torch.split(states, list(lengths), dim=2) for states in (query, key, value)]
-    rows = [_causal(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
+    sizes = [size for prompt, branches in groups for size in (prompt, *branches) if size]
+    parts = zip(*(torch.split(state, sizes, dim=2) for state in (query, key, value)), strict=True)
+    rows = [
+        row
+        for prompt, branches in groups
+        for row in _group(next(parts) if prompt else None, [next(parts) for _ in branches], scaling, sliding_window)
+    ]
     return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
+
+
+def _group(prompt: States | None, branches: Sequence[States], scaling: float, window: int | None) -> list[Tensor]:
+    """The outputs of a group in the row's order: of the prompt, alone, and of each continuation behind it."""
+    if prompt is None:
+        return [_causal(*branch, scaling, window) for branch in branches]
+    found, length = [_causal(*prompt, scaling, window)], prompt[0].shape[2]
+    for branch in branches:
+        query, key, value = (torch.cat(both, dim=2) for both in zip(prompt, branch, strict=True))
+        found.append(_causal(query, key, value, scaling, window)[:, :, length:])
+    return found
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -49,10 +69,25 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     length = query.shape[2]
     if window is None or length <= window:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position[None, :]
-    visible = (distance >= 0) & (distance < window)
-    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
+    # by blocks of queries, so that no mask is larger than a window squared, twice
+    blocks = []
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window + 1)
+        distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
+            first, stop, device=query.device
+        )
+        visible = (distance >= 0) & (distance < window)
+        blocks.append(
+            scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, first:stop],
+                value[:, :, first:stop],
+                attn_mask=visible,
+                scale=scaling,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(blocks, dim=2)
 
 
 AttentionInterface.register(NAME, packed)

@@ -135,7 +135,7 @@ class ReferenceScorer:
     def __init__(
         self, cfg: config.Fit, to: Path, policy: Policy, other: Policy | None, trajectories: Path, cut: int | None
     ) -> None:
-        self.trajectories, self.to, self.cut = trajectories, to, cut
+        self.trajectories, self.to, self.cut, self.share = trajectories, to, cut, cfg.share_prefix
         self.device = "cuda" if cfg.worker_gpus else "cpu"
         if not cfg.worker_gpus:
             torch.set_num_threads(cfg.worker_threads or max(1, len(os.sched_getaffinity(0)) // cfg.workers))
@@ -146,11 +146,11 @@ class ReferenceScorer:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         keys = list(zip(batch["task_id"].tolist(), batch["sample"].tolist(), strict=True))
         found = rows.read(self.trajectories, keys)
-        packed = pack([found[key].head(self.cut) for key in keys]).to(self.device)
+        packed = pack([found[key].head(self.cut) for key in keys], share=self.share).to(self.device)
         scores = self.scorer(packed, self.other.anchor(packed) if self.other else None)
         columns = [scores.logp, scores.entropy, *([] if scores.kl is None else [scores.kl])]
         split = [values.cpu().split(list(packed.actions)) for values in columns]
-        for key, *values in zip(keys, *split, strict=True):
+        for key, *values in zip(packed.keys, *split, strict=True):
             # a part for each key: an actor of a killed start that is still at work cannot leave a row twice
             self._append(key, *(tuple(column.tolist()) for column in values))
         return {"rows": [len(keys)]}

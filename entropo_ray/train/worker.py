@@ -193,7 +193,7 @@ class Fitting:
         units = tuple(self.job.units[slot.unit] for slot in slots)
         keys = dict.fromkeys(key for unit in units for key in unit.keys)
         read = [self.rows[key].read() if reading else self.rows[key] for key in keys]
-        packed = pack(read).to(self.engine.device)
+        packed = pack(read, share=self.cfg.share_prefix).to(self.engine.device)
         scores = self.engine(packed, self.anchor.anchor(packed) if self.anchor else None)
         turns = tuple(turns_of(unit, self.rows, self.cfg) for unit in units)
         return batch_of(packed, scores, units, [slot.weight for slot in slots], self.reference, turns)
