@@ -122,6 +122,7 @@ class Fit:
     steps: int = 0  # whole optimizer steps, epoch behind epoch, however much data there is; 0: epochs decide
     batch: int = 32  # units (pairs, labels or examples) a step, over all workers
     micro_batch: int = 1  # units a worker holds at once
+    pack_tokens: int = 0  # instead: as many units as have so many tokens; one that is longer is alone. 0: micro_batch
     workers: int = 1
     worker_gpus: int = 1  # 0: gloo on CPU
     worker_threads: int = 0  # torch threads of a CPU worker; 0: cores / workers
@@ -280,11 +281,15 @@ MAY_CHANGE = (
     "train.workers",
     "train.worker_threads",
     "train.micro_batch",
+    "train.pack_tokens",
+    "train.share_prefix",
     "train.offload",
     "train.checkpoint_steps",
     "sft.workers",
     "sft.worker_threads",
     "sft.micro_batch",
+    "sft.pack_tokens",
+    "sft.share_prefix",
     "verifier.",
 )
 
@@ -395,10 +400,11 @@ def _check(cfg: Run) -> None:
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
     ]
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
-        share = fit.workers * fit.micro_batch
+        share = 1 if fit.pack_tokens else fit.workers * fit.micro_batch
         rules += [
             (fit.workers >= 1, f"{name}.workers={fit.workers}: must be at least 1"),
             (fit.lr > 0, f"{name}.lr={fit.lr}: must be above 0"),
+            (fit.pack_tokens >= 0, f"{name}.pack_tokens={fit.pack_tokens}: must not be negative"),
             (fit.steps >= 0, f"{name}.steps={fit.steps}: must not be negative"),
             (
                 share > 0 and fit.batch % share == 0,

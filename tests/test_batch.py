@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from entropo_ray.train.batch import Row, pack
-from entropo_ray.train.plan import endless, plan
+from entropo_ray.train.plan import Layout, endless, plan
 
 
 def test_a_pack_is_its_rows_end_to_end():
@@ -30,7 +30,7 @@ def test_a_first_token_that_nothing_predicts_is_refused_with_its_key():
 
 
 def steps(costs, *, ranks=2, batch=8, micro_batch=2, seed=0, epoch=0):
-    return plan(costs, ranks=ranks, batch=batch, micro_batch=micro_batch, seed=seed, round=0, epoch=epoch)
+    return plan(Layout(costs, ranks, batch, micro_batch), seed=seed, round=0, epoch=epoch)
 
 
 def slots(step):
@@ -88,8 +88,42 @@ def test_the_numerical_half_of_the_room_needs_torch_alone():
 
 def test_a_fixed_number_of_steps_is_always_whole_and_takes_every_unit_as_often():
     costs = [1.0] * 6
-    found = endless(costs, 5, ranks=2, batch=4, micro_batch=2, seed=0, round=0)
+    found = endless(Layout(costs, 2, 4, 2), 5, seed=0, round=0)
     assert len(found) == 5
     assert all(slot.weight == 1.0 for step in found for slot in slots(step))
     counts = Counter(slot.unit for step in found for slot in slots(step))
     assert sorted(counts.values()) == [3, 3, 3, 3, 4, 4]
+
+
+def test_packs_by_tokens_hold_no_more_than_asked_and_every_unit_once():
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.normal(8, 0.7, 61)).astype(int).tolist()
+    room = int(np.quantile(sizes, 0.95))  # a few units are longer than a pack
+    costs = [float(size + size**2 / 4e3) for size in sizes]
+    for ranks in (1, 2, 4):
+        made = plan(Layout(costs, ranks, 16, 1, pack_tokens=room, sizes=sizes), seed=0, round=0, epoch=0)
+        assert [sorted(s.unit for s in slots(step) if s.weight) for step in made] == [
+            sorted(s.unit for s in slots(step) if s.weight) for step in steps(costs, ranks=1, batch=16, micro_batch=1)
+        ]
+        for step in made:
+            packs = [packed for micro in step for packed in micro]
+            assert all(len(micro) == ranks for micro in step)
+            assert all(packs)
+            assert all(len(packed) == 1 or sum(sizes[s.unit] for s in packed) <= room for packed in packs)
+            used = sum(min(room, sizes[s.unit]) for s in slots(step) if s.weight)
+            assert len(step) <= np.ceil(1.35 * used / (room * ranks)) + 1
+
+
+def test_packs_by_tokens_make_fewer_and_fuller_passes_than_packs_by_count():
+    rng = np.random.default_rng(1)
+    sizes = np.exp(rng.normal(8, 0.7, 64)).astype(int).tolist()
+    costs = [float(size) for size in sizes]
+    by_count = plan(Layout(costs, 2, 64, 4), seed=0, round=0, epoch=0)
+    room = max(sum(sizes[s.unit] for s in packed) for micro in by_count[0] for packed in micro)  # the same memory
+    by_tokens = plan(Layout(costs, 2, 64, 4, pack_tokens=room, sizes=sizes), seed=0, round=0, epoch=0)
+    assert len(by_tokens[0]) < len(by_count[0])
+
+
+def test_a_rank_without_a_unit_repeats_one_that_counts_for_nothing():
+    (step,) = plan(Layout([5.0], 2, 8, 1, pack_tokens=10, sizes=[3]), seed=0, round=0, epoch=0)
+    assert sorted(slot.weight for slot in slots(step)) == [0.0, 1.0]

@@ -1,4 +1,4 @@
-"""Scoring passes over finished trajectories, each a Ray Data stage keyed by task and sample.
+"""Scoring passes over finished trajectories, keyed by task and sample; on a cluster, each is a Ray Data stage.
 
 `score` leaves the reference's log-probs and entropies, once a round; `measure` leaves a policy's own, and its exact KL
 to another policy. The same scorer, precision and attention as in training, so that a policy that equals its reference
@@ -12,10 +12,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import ray.data
 import torch
 
 from entropo_ray import config, store
@@ -28,6 +27,31 @@ from entropo_ray.train.model import load
 _SOURCE = "source.json"
 
 
+class Through(Protocol):
+    """Who scores: makes a ReferenceScorer(cfg, to, *source) wherever it wants and feeds it all of `keys`."""
+
+    def __call__(self, keys: Sequence[Key], cfg: config.Fit, to: Path, *source: Any) -> None: ...
+
+
+def by_ray_data(keys: Sequence[Key], cfg: config.Fit, to: Path, *source: Any) -> None:
+    """On a Ray cluster, streamed over as many actors as the update has workers."""
+    import ray.data  # here: the same passes run on hosts without Ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    items = ray.data.from_items([{"task_id": task_id, "sample": sample} for task_id, sample in keys])
+    scored = items.map_batches(
+        ReferenceScorer,
+        fn_constructor_args=(cfg, to, *source),
+        batch_size=2 * cfg.micro_batch,
+        concurrency=cfg.workers,
+        num_cpus=0.5,
+        num_gpus=cfg.worker_gpus,
+    )
+    count = sum(row["rows"] for row in scored.iter_rows())
+    assert count == len(keys), f"{to}: {count} of {len(keys)} trajectories were scored"
+
+
 def score(
     policy: Policy,
     trajectories: Path,
@@ -36,6 +60,7 @@ def score(
     *,
     to: Path,
     cut: int | None = None,
+    through: Through = by_ray_data,
 ) -> dict[str, float]:
     """A Reference row at `to` for each key, of the first `cut` tokens of its trajectory; how many.
 
@@ -44,7 +69,7 @@ def score(
     What an earlier start left there is kept if it was made by the same policy in the same precision, and has all keys
     or is still growing.
     """
-    return _pass(policy, None, trajectories, keys, cfg, to, cut)
+    return _pass(policy, None, trajectories, keys, cfg, to, cut, through)
 
 
 def measure(
@@ -56,9 +81,10 @@ def measure(
     *,
     to: Path,
     cut: int | None = None,
+    through: Through = by_ray_data,
 ) -> dict[str, float]:
     """A Measure row at `to` for each key: `policy`'s log-probs and entropies, and its KL to `other`. Kept as above."""
-    return _pass(policy, other, trajectories, keys, cfg, to, cut)
+    return _pass(policy, other, trajectories, keys, cfg, to, cut, through)
 
 
 def same_vocabulary(policy: Policy, other: Policy) -> None:
@@ -81,6 +107,7 @@ def _pass(
     cfg: config.Fit,
     to: Path,
     cut: int | None,
+    through: Through,
 ) -> dict[str, float]:
     if keys is None:
         keys = sorted(key for key, size in rows.sizes(trajectories, cut).items() if size.actions)
@@ -104,29 +131,13 @@ def _pass(
     scored = store.keys(to)
     missing = [key for key in keys if key not in scored]
     if missing:
-        _map(missing, cfg, to, policy, other, trajectories, cut)
+        through(missing, cfg, to, policy, other, trajectories, cut)
     store.seal(to, Measure if other else Reference)
     return {"scored": float(len(missing))}
 
 
 def _same(to: Path, source: str) -> bool:
     return (to / _SOURCE).is_file() and (to / _SOURCE).read_text() == source
-
-
-def _map(keys: Sequence[Key], cfg: config.Fit, to: Path, *source: Any) -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    items = ray.data.from_items([{"task_id": task_id, "sample": sample} for task_id, sample in keys])
-    scored = items.map_batches(
-        ReferenceScorer,
-        fn_constructor_args=(cfg, to, *source),
-        batch_size=2 * cfg.micro_batch,
-        concurrency=cfg.workers,
-        num_cpus=0.5,
-        num_gpus=cfg.worker_gpus,
-    )
-    count = sum(row["rows"] for row in scored.iter_rows())
-    assert count == len(keys), f"{to}: {count} of {len(keys)} trajectories were scored"
 
 
 class ReferenceScorer:

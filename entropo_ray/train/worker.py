@@ -1,4 +1,4 @@
-"""One rank of a fitting stage: DeepSpeed inside Ray Train.
+"""One rank of a fitting stage: DeepSpeed in whatever process group there is.
 
 Each rank reads its own rows by key from Parquet and follows the same plan; gradients and metrics meet in collectives.
 Rank 0 writes one line a step to steps.jsonl, and the weights at the end.
@@ -10,16 +10,14 @@ import json
 import math
 import os
 import resource
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
-import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint
 from torch import Tensor
 
 from entropo_ray import config
@@ -28,23 +26,28 @@ from entropo_ray.train.baseline import Baseline, Seen
 from entropo_ray.train.batch import Key, Row, pack
 from entropo_ray.train.logprob import Scorer
 from entropo_ray.train.model import load, save
-from entropo_ray.train.plan import Slot, Step, endless, plan
+from entropo_ray.train.plan import Layout, Slot, Step, endless, plan
 from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, ratios, totals, turns_of
 
 _BETAS = (0.9, 0.95)
 _TAG = "state"
 
 
-def train_loop(job: Job) -> None:
-    """What Ray Train runs on each rank."""
-    Fitting(job).run()
+class Kept(Protocol):
+    """Where a rank's checkpoints go, and come from after a restart. Both calls are collective."""
+
+    def restore(self, load: Callable[[Path], None]) -> None:
+        """Hand the folder of the last checkpoint to `load`, if there is one."""
+
+    def keep(self, step: int, save: Callable[[Path], None]) -> None:
+        """What `save` writes into a folder is the state before step number `step`."""
 
 
 class Fitting:
     """One rank's part of an update: its rows, its engine, and the plan that all ranks follow."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.cfg = job, job.cfg
+    def __init__(self, job: Job, kept: Kept) -> None:
+        self.job, self.cfg, self.kept = job, job.cfg, kept
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         if not self.cfg.worker_gpus:
             torch.set_num_threads(self.cfg.worker_threads or max(1, len(os.sched_getaffinity(0)) // self.ranks))
@@ -64,16 +67,18 @@ class Fitting:
     def _plan(self) -> list[Step]:
         weights = self.model.num_parameters(exclude_embeddings=True)
         costs = [cost(unit, weights, self.model.config) for unit in self.job.units]
-        options: dict[str, int] = {
-            "ranks": self.ranks,
-            "batch": self.cfg.batch,
-            "micro_batch": self.cfg.micro_batch,
-            "seed": self.job.seed,
-            "round": self.job.policy.round,
-        }
+        layout = Layout(
+            costs,
+            ranks=self.ranks,
+            batch=self.cfg.batch,
+            micro_batch=self.cfg.micro_batch,
+            pack_tokens=self.cfg.pack_tokens,
+            sizes=[unit.tokens for unit in self.job.units],
+        )
+        seed, round = self.job.seed, self.job.policy.round
         if self.cfg.steps:
-            return endless(costs, self.cfg.steps, **options)
-        return [step for epoch in range(self.cfg.epochs) for step in plan(costs, epoch=epoch, **options)]
+            return endless(layout, self.cfg.steps, seed=seed, round=round)
+        return [s for epoch in range(self.cfg.epochs) for s in plan(layout, seed=seed, round=round, epoch=epoch)]
 
     def _read(self, product: Path, reference: Path | None, cut: int | None) -> tuple[dict[Key, Row], dict[Key, Tensor]]:
         """This rank's trajectories, and their reference log-probs where there is a reference."""
@@ -115,9 +120,10 @@ class Fitting:
         share = self._share(step, number < self.reading)
         mine: dict[str, float] = {}
         for micro in step:
-            found = self._micro_step(micro[self.rank], len(step) * self.ranks / share, number < self.reading)
+            found = self._micro_step(micro[self.rank], self.ranks / share, number < self.reading)
             for name, value in found.items():
                 mine[name] = mine.get(name, 0.0) + value
+        self.engine.step()
         line = self._means(mine, share)
         line |= {"step": number, "lr": lr, "peak_gib": _peak_gib(), "pid": os.getpid()} | self._grad_norm(number)
         return line | self._seen()
@@ -151,9 +157,8 @@ class Fitting:
         loss = LOSSES[self.job.kind](batch, self.job, self._point(slots, exchanged))
         if not bool(torch.isfinite(loss.values).all()):
             raise FloatingPointError(f"the loss is {loss.values.tolist()} for {[unit.keys for unit in batch.units]}")
-        # DeepSpeed divides by the accumulation and averages over ranks; `scale` makes it a mean over the whole step
+        # DeepSpeed averages over ranks; `scale` makes it a mean over the whole step
         self.engine.backward((batch.importance * loss.values).sum() * scale)
-        self.engine.step()
         self._note(slots, loss, exchanged)
         return totals(batch, loss)
 
@@ -220,28 +225,24 @@ class Fitting:
         return {"grad_norm": float(norm)}
 
     def _checkpoint(self, step: int) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            self.engine.save_checkpoint(folder, tag=_TAG, client_state={"step": step, "baseline": self._state()})
-            # every rank reports equally often: this is a barrier
-            ray.train.report(
-                {"step": step},
-                checkpoint=Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step_{step:06d}",
-            )
+        state = {"step": step, "baseline": self._state()}
+        self.kept.keep(step, lambda folder: self.engine.save_checkpoint(str(folder), tag=_TAG, client_state=state))
 
     def _state(self) -> dict[str, Any]:
         return self.baseline.state() if self.baseline else {}
 
     def _resume(self) -> int:
         """The step to begin with: 0, or that of the last checkpoint after a rank was lost."""
-        checkpoint = ray.train.get_checkpoint()
         step = 0
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                _, state = self.engine.load_checkpoint(folder, tag=_TAG)
+
+        def load(folder: Path) -> None:
+            nonlocal step
+            _, state = self.engine.load_checkpoint(str(folder), tag=_TAG)
             step = state["step"]
             if self.baseline:
                 self.baseline.restore(state["baseline"])
+
+        self.kept.restore(load)
         if self.rank == 0:
             log = self.job.to / STEPS
             lines = log.read_text().splitlines(keepends=True)[:step] if log.is_file() else []
@@ -252,8 +253,10 @@ class Fitting:
 def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
     offload = {"offload_optimizer": {"device": "cpu"}} if cfg.offload else {}
     settings = {
-        "train_micro_batch_size_per_gpu": cfg.micro_batch,
-        "gradient_accumulation_steps": cfg.batch // (cfg.micro_batch * cfg.workers),
+        # steps differ in their number of packs, so we say where one ends; these two are not used then
+        "managed_gradient_accumulation": False,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "optimizer": {
             "type": "AdamW",
             # torch's own: DeepSpeed's would compile an extension at the first start

@@ -1,0 +1,170 @@
+"""Updates without Ray: one process or torchrun, on gloo; and what must not change a loss."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_train import SHAPE, trajectory
+
+from entropo_ray import store
+from entropo_ray.records import Pair, Trajectory
+
+ROOT = Path(__file__).parents[1]
+TASKS, SAMPLES, PROMPT = 4, 4, 24
+FIT = {
+    "max_tokens": 256, "lr": 1e-3, "batch": 8, "micro_batch": 1, "worker_gpus": 0, "worker_threads": 1,
+    "zero_stage": 1, "precision": "fp32", "steps": 20, "entropy": 0.0, "smoothing": 0.0, "length": "raw",
+}  # fmt: skip
+
+
+def attempt(task, sample):
+    """The prompt of the task, then a counting reply broken by observations."""
+    rng = random.Random(f"{task}/{sample}")
+    prompt = [random.Random(task).randint(3, 200) for _ in range(PROMPT)]
+    length, first = rng.randint(20, 60), rng.randint(3, 60)
+    said = [n % 5 != 3 for n in range(length)]
+    said[0] = True
+    ids = (*prompt, *(first + n for n in range(length)))
+    return replace(
+        trajectory((f"task-{task}", sample)),
+        token_ids=ids,
+        action_mask=(*[False] * PROMPT, *said),
+        behaviour_logp=(0.0,) * len(ids),
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A policy, and a round with three pairs a task."""
+    from entropo_ray.train.initial import start
+
+    home = tmp_path_factory.mktemp("alone")
+    start(["def add(a, b):\n    return a + b\n" * 20], SHAPE, seed=3, to=home / "base")
+    out = store.round_of(home / "run", 0)
+    store.write(out.trajectories, Trajectory, [attempt(t, s) for t in range(TASKS) for s in range(SAMPLES)])
+    pairs = [Pair(task_id=f"task-{t}", chosen=s, rejected=s + 1) for t in range(TASKS) for s in range(SAMPLES - 1)]
+    store.write(out.preferences, Pair, pairs)
+    return home
+
+
+PROGRAM = """
+import sys, json
+from pathlib import Path
+from entropo_ray import config, store
+from entropo_ray.records import Policy
+from entropo_ray.train import alone
+
+home, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+base, out = Policy(path=home / "base", round=0), store.round_of(home / "run", 0)
+with alone.ranks(gpus=False) as driving:
+    for name, words in settings.items() if driving else ():
+        alone.fit(base, base, out, config.Train(**words), seed=0, to=home / name)
+"""
+
+
+def run(home, settings, *, ranks=1, restarts=0, wait=True):
+    """Fits by name of `settings`, in one start of so many ranks."""
+    program = home / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    words = {name: {**FIT, "workers": ranks, **more} for name, more in settings.items()}
+    started = subprocess.Popen(
+        [*command, str(program), str(home), json.dumps(words)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if not wait:
+        return started
+    _, errors = started.communicate(timeout=300)
+    assert started.returncode == 0, errors[-3000:]
+    return {name: trace(home / name) for name in settings}
+
+
+def trace(product):
+    return [json.loads(line) for line in (product / "steps.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_trace_does_not_depend_on_packing_sharing_accumulation_stage_or_workers(home):
+    """Twenty steps in fp32. One process for all settings of one rank, one torchrun for all of two."""
+    one = run(
+        home,
+        {
+            "1x8": {"micro_batch": 1, "share_prefix": False},
+            "8x1": {"micro_batch": 8, "share_prefix": False, "zero_stage": 0},
+            "8x1-shared": {"micro_batch": 8, "share_prefix": True},
+            "by-tokens": {"pack_tokens": 300, "share_prefix": True},
+            "zero-2": {"micro_batch": 2, "zero_stage": 2},
+            "zero-3": {"micro_batch": 2, "zero_stage": 3},
+            "checkpointing": {"micro_batch": 2, "checkpointing": True},
+            "offload": {"micro_batch": 2, "zero_stage": 2, "offload": True},
+        },
+    )
+    two = run(
+        home,
+        {
+            "two-zero-1": {"micro_batch": 4, "share_prefix": False},
+            "two-zero-2": {"pack_tokens": 300, "zero_stage": 2},
+            "two-zero-3": {"micro_batch": 1, "zero_stage": 3},
+        },
+        ranks=2,
+    )
+    first = one["1x8"]
+    assert len(first) == 20
+    assert first[0]["loss"] == math.log(2)
+    assert first[-1]["loss"] < 0.6
+    for name, found in itertools.chain(one.items(), two.items()):
+        assert found[0]["loss"] == math.log(2), name
+        for step, (mine, truth) in enumerate(zip(found, first, strict=True)):
+            for measure in ("loss", "margin", "logp_chosen", "logp_rejected"):
+                assert mine[measure] == pytest.approx(truth[measure], abs=1e-5, rel=1e-5), (name, step, measure)
+
+
+def test_an_update_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(home):
+    """Bit for bit; steps since the last checkpoint are done again, and no others."""
+    settings = {"micro_batch": 2, "zero_stage": 2, "checkpoint_steps": 4, "steps": 12}
+    run(home, {"undisturbed": settings}, ranks=2)
+
+    started = run(home, {"disturbed": settings}, ranks=2, restarts=1, wait=False)
+    log = home / ".disturbed.alone.partial" / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 6):
+        assert started.poll() is None, started.stderr.read()[-3000:]
+        assert time.monotonic() < deadline, "no six steps within 120 s"
+        time.sleep(0.02)
+    seen = trace(log.parent)
+    os.kill(seen[-1]["pid"], signal.SIGKILL)
+    _, errors = started.communicate(timeout=180)
+    assert started.returncode == 0, errors[-6000:]
+
+    one, other = trace(home / "undisturbed"), trace(home / "disturbed")
+    assert [step["step"] for step in other] == list(range(12))
+    assert [step["loss"] for step in other] == [step["loss"] for step in one]
+    pids = [step["pid"] for step in other]
+    assert len(set(pids)) == 2
+    assert pids.index(pids[-1]) % 4 == 0  # it went on from a checkpoint, at most an interval back
+    assert pids.index(pids[-1]) >= len(seen) - 4
+    weights = [(home / name / "model.safetensors").read_bytes() for name in ("undisturbed", "disturbed")]
+    assert weights[0] == weights[1]
+    assert not (home / "disturbed" / "checkpoints").exists()
+
+
+def test_a_number_of_ranks_that_was_not_asked_for_is_refused(home):
+    started = run(home, {"refused": {"workers": 3}}, ranks=2, wait=False)
+    _, errors = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert "train.workers=3: 2 ranks were started; give train.workers=2" in errors
+    assert not (home / "refused").exists()
