@@ -62,7 +62,7 @@ def _meeting() -> tuple[Any, int, int]:
     """Where the ranks meet, this one's number, and how many there are."""
     if "WORLD_SIZE" not in os.environ:  # not started by torchrun: this process is all there is, and needs no port
         return HashStore(), 0, 1
-    meeting, rank, count = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
+    meeting, rank, count = next(rendezvous("env://"))
     # torchrun starts lost ranks again with the store of the first ones, where their addresses still are
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", meeting), rank, count
 

@@ -1,0 +1,31 @@
+"""Benchmarks, side by side in one run: a table of ratios and memory, and one JSON object as the last line.
+
+    python jobs/bench.py trainer [key=value ...]    a step of ours beside TRL's DPOTrainer and KTOTrainer
+
+Keys of trainer: cases, systems, device, dtype, steps, threads, truth (entropo_ray/bench/trainer.py).
+"""
+
+import json
+import sys
+
+from entropo_ray import config
+from entropo_ray.bench import trainer
+
+WHAT = {"trainer": (trainer.Trainer, trainer.run)}
+
+
+def main(words: list[str]) -> dict[str, object]:
+    if not words or words[0] not in WHAT:
+        raise ValueError(f"{words[0] if words else 'nothing'}: no such benchmark; give one of {', '.join(WHAT)}")
+    schema, run = WHAT[words[0]]
+    return run(config.load(schema, words[1:]))
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        sys.exit(0)
+    try:
+        print(json.dumps(main(sys.argv[1:])))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
