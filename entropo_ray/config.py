@@ -124,6 +124,7 @@ class Fit:
     micro_batch: int = 1  # units a worker holds at once
     pack_tokens: int = 0  # instead: as many units as have so many tokens; one that is longer is alone. 0: micro_batch
     workers: int = 1
+    sequence_parallel: int = 1  # neighbouring workers that share each pack, where one cannot hold it
     worker_gpus: int = 1  # 0: gloo on CPU
     worker_threads: int = 0  # torch threads of a CPU worker; 0: cores / workers
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -400,15 +401,21 @@ def _check(cfg: Run) -> None:
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
     ]
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
-        share = 1 if fit.pack_tokens else fit.workers * fit.micro_batch
+        readers = fit.workers // max(1, fit.sequence_parallel)
+        share = 1 if fit.pack_tokens else readers * fit.micro_batch
         rules += [
             (fit.workers >= 1, f"{name}.workers={fit.workers}: must be at least 1"),
             (fit.lr > 0, f"{name}.lr={fit.lr}: must be above 0"),
+            (
+                fit.sequence_parallel >= 1 and fit.workers % fit.sequence_parallel == 0,
+                f"{name}.sequence_parallel={fit.sequence_parallel}: must divide {name}.workers={fit.workers}",
+            ),
             (fit.pack_tokens >= 0, f"{name}.pack_tokens={fit.pack_tokens}: must not be negative"),
             (fit.steps >= 0, f"{name}.steps={fit.steps}: must not be negative"),
             (
                 share > 0 and fit.batch % share == 0,
-                f"{name}.batch={fit.batch}: must be a multiple of workers x micro_batch = {share}",
+                f"{name}.batch={fit.batch}: must be a multiple of workers x micro_batch = {share}"
+                + (" (workers / sequence_parallel)" if fit.sequence_parallel > 1 else ""),
             ),
         ]
     for holds, complaint in rules:

@@ -119,6 +119,8 @@ def test_a_loss_trace_does_not_depend_on_packing_sharing_accumulation_stage_or_w
             "two-zero-1": {"micro_batch": 4, "share_prefix": False},
             "two-zero-2": {"pack_tokens": 300, "zero_stage": 2},
             "two-zero-3": {"micro_batch": 1, "zero_stage": 3},
+            "sequence-zero-2": {"sequence_parallel": 2, "micro_batch": 4, "zero_stage": 2},
+            "sequence-zero-3": {"sequence_parallel": 2, "pack_tokens": 300, "zero_stage": 3, "checkpointing": True},
         },
         ranks=2,
     )

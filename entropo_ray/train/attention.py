@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from entropo_ray.train.parallel import Parallel
+
 NAME = "entropo_packed"
 States = tuple[Tensor, Tensor, Tensor]  # query, key and value [1, heads, tokens, D]
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"}
@@ -31,11 +33,12 @@ def packed(
     *,
     scaling: float,
     groups: Sequence[tuple[int, Sequence[int]]],
+    parallel: Parallel | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """[1, T, heads, D] attention output of [1, heads, T, D] queries, and no weights.
+    """[1, T, heads, D] attention output of [1, heads, T, D] queries, and no weights; T is a stretch under `parallel`.
 
     Raises ValueError for features that this function does not compute, rather than leaving them out.
     """
@@ -43,6 +46,11 @@ def packed(
     if attention_mask is not None or dropout or unknown:
         what = "a mask" if attention_mask is not None else f"dropout={dropout}" if dropout else ", ".join(unknown)
         raise ValueError(f"packed attention of {type(module).__name__} cannot compute {what}")
+    if parallel:
+        tokens = sum(prompt + sum(branches) for prompt, branches in groups)
+        if key.shape[1] % parallel.ranks:  # too few key heads: each rank gets copies of those that its queries need
+            key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+        query, key, value = (parallel.by_heads(states, tokens) for states in (query, key, value))
     sizes = [size for prompt, branches in groups for size in (prompt, *branches) if size]
     parts = zip(*(torch.split(state, sizes, dim=2) for state in (query, key, value)), strict=True)
     rows = [
@@ -50,6 +58,8 @@ def packed(
         for prompt, branches in groups
         for row in _group(next(parts) if prompt else None, [next(parts) for _ in branches], scaling, sliding_window)
     ]
+    if parallel:
+        return parallel.by_tokens(torch.cat(rows, dim=2)).transpose(1, 2).contiguous(), None
     return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
 
 

@@ -26,6 +26,7 @@ from torch.nn.functional import linear, pad
 
 from entropo_ray.train import attention
 from entropo_ray.train.batch import Pack
+from entropo_ray.train.parallel import Parallel, Part
 
 # fp32 logits held at once, by kind of device: 256 MiB keep a GPU busy, 4 MiB stay near a CPU core
 _TILE_FLOATS = {"cuda": 1 << 26, "cpu": 1 << 20}
@@ -278,30 +279,38 @@ def score(
 class Scorer(nn.Module):
     """A causal language model of transformers that scores packs instead of returning logits."""
 
-    def __init__(self, model: Any, *, floats: int = 0) -> None:
-        """`floats`: logits held at once; 0: what suits the device."""
+    def __init__(self, model: Any, *, floats: int = 0, parallel: Parallel | None = None) -> None:
+        """`floats`: logits held at once; 0: what suits the device. `parallel`: the ranks that share each pack."""
         super().__init__()
         self.model = model
+        self.parallel = parallel
         model.set_attn_implementation(attention.NAME)
         install(model, floats=floats)
 
     def forward(self, pack: Pack, anchor: Anchor | None = None) -> Scores:
         """Scores of the pack's action tokens, in its order."""
-        logp, entropy, kl = self.model.get_output_embeddings()(self._hidden(pack), pack.targets, anchor)
-        return Scores(logp, entropy, kl if anchor else None)
+        part = self._part(pack)
+        found = self.model.get_output_embeddings()(self._hidden(pack, part), part.targets, anchor)
+        if self.parallel and isinstance(part, Part):
+            found = [self.parallel.whole(values, part, len(pack.targets)) for values in found[: 3 if anchor else 2]]
+        return Scores(found[0], found[1], found[2] if anchor else None)
 
     @torch.no_grad()
     def anchor(self, pack: Pack) -> Anchor:
         """What the KL of another model's pack to this one needs."""
         head = self.model.get_output_embeddings()
-        return Anchor(self._hidden(pack), head.weight, head.bias, _softcap(self.model))
+        return Anchor(self._hidden(pack, self._part(pack)), head.weight, head.bias, _softcap(self.model))
 
-    def _hidden(self, pack: Pack) -> Tensor:
-        """[A, H] last hidden states at the positions before action tokens."""
+    def _part(self, pack: Pack) -> Pack | Part:
+        return self.parallel.part(pack) if self.parallel else pack
+
+    def _hidden(self, pack: Pack, part: Pack | Part) -> Tensor:
+        """[A, H] last hidden states at the positions before action tokens; of the part that is here."""
+        more = {"parallel": self.parallel} if self.parallel else {}
         hidden = self.model.base_model(
-            input_ids=pack.input_ids, position_ids=pack.position_ids, groups=pack.groups, use_cache=False
+            input_ids=part.input_ids, position_ids=part.position_ids, groups=pack.groups, use_cache=False, **more
         ).last_hidden_state[0]
-        gathered: Tensor = hidden.index_select(0, pack.predictors)
+        gathered: Tensor = hidden.index_select(0, part.predictors)
         return gathered
 
 

@@ -26,6 +26,7 @@ from entropo_ray.train.baseline import Baseline, Seen
 from entropo_ray.train.batch import Key, Row, pack
 from entropo_ray.train.logprob import Scorer
 from entropo_ray.train.model import load, save
+from entropo_ray.train.parallel import check, groups
 from entropo_ray.train.plan import Layout, Slot, Step, endless, plan
 from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, ratios, totals, turns_of
 
@@ -51,25 +52,36 @@ class Fitting:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         if not self.cfg.worker_gpus:
             torch.set_num_threads(self.cfg.worker_threads or max(1, len(os.sched_getaffinity(0)) // self.ranks))
+        self.parallel = groups(self.cfg.sequence_parallel)
+        self.readers = self.ranks // self.cfg.sequence_parallel  # groups of ranks, each with packs of its own
+        self.reader = self.rank // self.cfg.sequence_parallel
         torch.manual_seed(job.seed)
         self.model = load(job.policy, self.cfg)
+        check(self.model, self.cfg.sequence_parallel)
         self.steps = self._plan()
         self.reading = len(self.steps) * job.read_epochs // self.cfg.epochs  # steps; all epochs have as many
         self.rows, self.reference = self._read(job.trajectories, job.reference, job.cut)
         self.swapped: dict[Key, Row] = {}
         if job.swapped:
             self.swapped, self.swapped_reference = self._read(job.swapped, job.swapped_reference, None)
-        self.engine = _engine(Scorer(self.model).train(), self.cfg)
-        self.anchor = Scorer(load(job.anchor, self.cfg)).eval().to(self.engine.device) if job.anchor else None
+        self.engine = _engine(Scorer(self.model, parallel=self.parallel).train(), self.cfg)
+        self.anchor = None
+        if job.anchor:
+            self.anchor = Scorer(load(job.anchor, self.cfg), parallel=self.parallel).eval().to(self.engine.device)
         self.baseline = Baseline(job) if job.kind == "label" else None
         self.seen: list[Seen] = []  # of the step that runs
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another rank of the same pack speaks for it."""
+        return self.parallel is not None and self.parallel.index > 0
 
     def _plan(self) -> list[Step]:
         weights = self.model.num_parameters(exclude_embeddings=True)
         costs = [cost(unit, weights, self.model.config) for unit in self.job.units]
         layout = Layout(
             costs,
-            ranks=self.ranks,
+            ranks=self.readers,
             batch=self.cfg.batch,
             micro_batch=self.cfg.micro_batch,
             pack_tokens=self.cfg.pack_tokens,
@@ -82,7 +94,7 @@ class Fitting:
 
     def _read(self, product: Path, reference: Path | None, cut: int | None) -> tuple[dict[Key, Row], dict[Key, Tensor]]:
         """This rank's trajectories, and their reference log-probs where there is a reference."""
-        mine = {slot.unit for step in self.steps for micro in step for slot in micro[self.rank]}
+        mine = {slot.unit for step in self.steps for micro in step for slot in micro[self.reader]}
         keys = {key for unit in mine for key in self.job.units[unit].keys}
         found = {key: row.head(cut) for key, row in rows.read(product, keys).items()}
         if reference is None:
@@ -120,7 +132,7 @@ class Fitting:
         share = self._share(step, number < self.reading)
         mine: dict[str, float] = {}
         for micro in step:
-            found = self._micro_step(micro[self.rank], self.ranks / share, number < self.reading)
+            found = self._micro_step(micro[self.reader], self.ranks / share, number < self.reading)
             for name, value in found.items():
                 mine[name] = mine.get(name, 0.0) + value
         self.engine.step()
@@ -131,7 +143,7 @@ class Fitting:
     def _seen(self) -> dict[str, Any]:
         """What all ranks saw of the step's units goes into the baseline, and into the line as a histogram."""
         everyone: list[list[Seen]] = [[] for _ in range(self.ranks)]
-        dist.all_gather_object(everyone, self.seen)
+        dist.all_gather_object(everyone, [] if self._follows else self.seen)
         self.seen = []
         seen = sorted((one for mine in everyone for one in mine), key=lambda one: one.unit)
         if not seen:
@@ -206,7 +218,8 @@ class Fitting:
     def _means(self, mine: dict[str, float], share: float) -> dict[str, float]:
         """Means over the step's units (entropy: over action tokens) and plain counts, of all ranks together."""
         names = sorted(mine)
-        vector = torch.tensor([mine[name] for name in names], dtype=torch.float64, device=self.engine.device)
+        told = [0.0 if self._follows else mine[name] for name in names]
+        vector = torch.tensor(told, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(vector)
         total = dict(zip(names, vector.tolist(), strict=True))
         units = total.pop("units")
