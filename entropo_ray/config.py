@@ -132,6 +132,11 @@ class Fit:
     checkpoint_steps: int = 0  # steps between in-stage checkpoints; 0: none
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpointing: bool = False  # recompute activations in the backward pass
+    lora_rank: int = 0  # 0: all weights are trained
+    lora_alpha: float = 16.0  # an adapter counts alpha / rank times
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     share_prefix: bool = True  # what trajectories of one task have in common at their beginning is computed once
 
 
@@ -410,6 +415,8 @@ def _check(cfg: Run) -> None:
                 fit.sequence_parallel >= 1 and fit.workers % fit.sequence_parallel == 0,
                 f"{name}.sequence_parallel={fit.sequence_parallel}: must divide {name}.workers={fit.workers}",
             ),
+            (fit.lora_rank >= 0, f"{name}.lora_rank={fit.lora_rank}: must not be negative"),
+            (not fit.lora_rank or bool(fit.lora_targets), f"{name}.lora_targets=[]: name the layers that get adapters"),
             (fit.pack_tokens >= 0, f"{name}.pack_tokens={fit.pack_tokens}: must not be negative"),
             (fit.steps >= 0, f"{name}.steps={fit.steps}: must not be negative"),
             (

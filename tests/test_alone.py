@@ -64,9 +64,10 @@ from entropo_ray.records import Policy
 from entropo_ray.train import alone
 
 home, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-base, out = Policy(path=home / "base", round=0), store.round_of(home / "run", 0)
+out = store.round_of(home / "run", 0)
 with alone.ranks(gpus=False) as driving:
     for name, words in settings.items() if driving else ():
+        base = Policy(path=home / words.pop("base", "base"), round=0)
         alone.fit(base, base, out, config.Train(**words), seed=0, to=home / name)
 """
 
@@ -170,3 +171,64 @@ def test_a_number_of_ranks_that_was_not_asked_for_is_refused(home):
     assert started.returncode != 0
     assert "train.workers=3: 2 ranks were started; give train.workers=2" in errors
     assert not (home / "refused").exists()
+
+
+def weights_of(product):
+    from safetensors.torch import load_file
+
+    return load_file(product / "model.safetensors")
+
+
+def test_adapters_are_trained_alone_merged_and_lie_beside_the_weights(home):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    words = {"lora_rank": 4, "steps": 4, "micro_batch": 4, "lr": 1e-2, "lora_targets": ["q_proj", "down_proj"]}
+    one = run(home, {"lora": words})["lora"]
+    two = run(home, {"lora-two": {**words, "zero_stage": 3}}, ranks=2)["lora-two"]
+    assert one[0]["loss"] == two[0]["loss"] == math.log(2)
+    assert one[-1]["loss"] < math.log(2) - 1e-3
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
+
+    before, after = weights_of(home / "base"), weights_of(home / "lora")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj.weight" in name or "down_proj.weight" in name}
+    ids = torch.arange(40)[None]
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    merged = AutoModelForCausalLM.from_pretrained(home / "lora")(ids).logits
+    apart = PeftModel.from_pretrained(base, home / "lora" / "adapter")(ids).logits
+    torch.testing.assert_close(merged, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_for_a_layer_that_is_not_there_is_refused(home):
+    started = run(home, {"misspelt": {"lora_rank": 4, "lora_targets": ["q_proj", "experts"]}}, wait=False)
+    _, errors = started.communicate(timeout=120)
+    assert "lora_targets: experts is no linear layer of Qwen3ForCausalLM; it has down_proj, gate_proj" in errors
+    assert started.returncode != 0
+
+
+def test_experts_of_ranks_that_route_apart_neither_wait_for_ever_nor_change_the_loss(home):
+    import shutil
+
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    shape = Qwen3MoeConfig(
+        vocab_size=SHAPE.vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, moe_intermediate_size=16, num_experts=32, num_experts_per_tok=1, tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    shutil.copytree(home / "base", home / "sparse")
+    (home / "sparse" / "model.safetensors").unlink()
+    Qwen3MoeForCausalLM(shape).save_pretrained(home / "sparse")
+    words = {"base": "sparse", "steps": 4, "micro_batch": 1}
+    one = run(home, {"sparse-one": words})["sparse-one"]
+    two = run(home, {"sparse-two": {**words, "zero_stage": 3}}, ranks=2)["sparse-two"]
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
+    for step in two:
+        assert 0 < step["expert_entropy"] < 1
+        assert step["expert_load_max"] > 1
+        assert step["experts_idle"] >= 0

@@ -12,6 +12,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropo_ray import config
-from entropo_ray.train import objective, rows
+from entropo_ray.train import experts, lora, objective, parallel, rows
 from entropo_ray.train.baseline import Baseline, Seen
-from entropo_ray.train.batch import Key, Row, pack
-from entropo_ray.train.logprob import Scorer
+from entropo_ray.train.batch import Key, Pack, Row, pack
+from entropo_ray.train.logprob import Anchor, Scorer
 from entropo_ray.train.model import load, save
-from entropo_ray.train.parallel import check, groups
 from entropo_ray.train.plan import Layout, Slot, Step, endless, plan
 from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, ratios, totals, turns_of
 
@@ -52,12 +52,15 @@ class Fitting:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         if not self.cfg.worker_gpus:
             torch.set_num_threads(self.cfg.worker_threads or max(1, len(os.sched_getaffinity(0)) // self.ranks))
-        self.parallel = groups(self.cfg.sequence_parallel)
+        self.parallel = parallel.groups(self.cfg.sequence_parallel)
         self.readers = self.ranks // self.cfg.sequence_parallel  # groups of ranks, each with packs of its own
         self.reader = self.rank // self.cfg.sequence_parallel
         torch.manual_seed(job.seed)
         self.model = load(job.policy, self.cfg)
-        check(self.model, self.cfg.sequence_parallel)
+        if self.cfg.lora_rank:
+            lora.inject(self.model, self.cfg)
+        self.load = experts.Load(self.model)
+        parallel.check(self.model, self.cfg.sequence_parallel)
         self.steps = self._plan()
         self.reading = len(self.steps) * job.read_epochs // self.cfg.epochs  # steps; all epochs have as many
         self.rows, self.reference = self._read(job.trajectories, job.reference, job.cut)
@@ -66,7 +69,9 @@ class Fitting:
             self.swapped, self.swapped_reference = self._read(job.swapped, job.swapped_reference, None)
         self.engine = _engine(Scorer(self.model, parallel=self.parallel).train(), self.cfg)
         self.anchor = None
-        if job.anchor:
+        if job.anchor and self.cfg.lora_rank and job.anchor.path == job.policy.path:
+            self.anchor = self.engine.module  # with its adapters off
+        elif job.anchor:
             self.anchor = Scorer(load(job.anchor, self.cfg), parallel=self.parallel).eval().to(self.engine.device)
         self.baseline = Baseline(job) if job.kind == "label" else None
         self.seen: list[Seen] = []  # of the step that runs
@@ -122,6 +127,9 @@ class Fitting:
                 self._checkpoint(number + 1)
         state = gathered(self.model, gather=self.cfg.zero_stage == 3, keep=self.rank == 0)
         if self.rank == 0:
+            if self.cfg.lora_rank:
+                lora.save(self.model, state, self.cfg, self.job.policy.path, self.job.to / lora.FOLDER)
+                state = lora.merged(self.model, state)
             save(self.model, state, self.job.policy, self.job.to)
 
     def _step(self, number: int) -> dict[str, float]:
@@ -138,7 +146,14 @@ class Fitting:
         self.engine.step()
         line = self._means(mine, share)
         line |= {"step": number, "lr": lr, "peak_gib": _peak_gib(), "pid": os.getpid()} | self._grad_norm(number)
-        return line | self._seen()
+        return line | self._seen() | self._experts()
+
+    def _experts(self) -> dict[str, float]:
+        counts = self.load.read()
+        if counts.numel():
+            counts = counts.to(self.engine.device)
+            dist.all_reduce(counts)
+        return experts.spread(counts.cpu())
 
     def _seen(self) -> dict[str, Any]:
         """What all ranks saw of the step's units goes into the baseline, and into the line as a histogram."""
@@ -211,9 +226,17 @@ class Fitting:
         keys = dict.fromkeys(key for unit in units for key in unit.keys)
         read = [self.rows[key].read() if reading else self.rows[key] for key in keys]
         packed = pack(read, share=self.cfg.share_prefix).to(self.engine.device)
-        scores = self.engine(packed, self.anchor.anchor(packed) if self.anchor else None)
+        scores = self.engine(packed, self._anchor(packed))
         turns = tuple(turns_of(unit, self.rows, self.cfg) for unit in units)
         return batch_of(packed, scores, units, [slot.weight for slot in slots], self.reference, turns)
+
+    def _anchor(self, packed: Pack) -> Anchor | None:
+        """The reference's view of a pack, where its distributions are needed."""
+        if self.anchor is None:
+            return None
+        with lora.off(self.model) if self.anchor is self.engine.module else nullcontext():
+            found: Anchor = self.anchor.anchor(packed)
+        return found
 
     def _means(self, mine: dict[str, float], share: float) -> dict[str, float]:
         """Means over the step's units (entropy: over action tokens) and plain counts, of all ranks together."""
@@ -282,9 +305,12 @@ def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
     }
     # else DeepSpeed compiles a shared-memory collective on CPU, at the first start and only where a compiler is
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=list(module.parameters()), config=settings, dist_init_required=False
-    )
+    sparse = {type(block) for block in experts.blocks(module)}
+    if sparse and cfg.zero_stage == 3:
+        # ranks whose tokens go to other experts must gather the same weights, or they wait for each other for ever
+        deepspeed.utils.set_z3_leaf_modules(module, list(sparse))
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=settings, dist_init_required=False)
     return engine
 
 
