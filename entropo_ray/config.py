@@ -132,6 +132,10 @@ class Fit:
     checkpoint_steps: int = 0  # steps between in-stage checkpoints; 0: none
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpointing: bool = False  # recompute activations in the backward pass
+    keep_attention: bool = False  # with checkpointing: but not attention's outputs, the dearest to recompute
+    host_activations: bool = False  # with checkpointing: what is kept lies in host memory until the backward pass
+    mlp_tokens: int = 0  # tokens that an MLP sees at once, recomputed in the backward pass; 0: all
+    logits: int = 0  # fp32 logits held at once; 0: what suits the device
     lora_rank: int = 0  # 0: all weights are trained
     lora_alpha: float = 16.0  # an adapter counts alpha / rank times
     lora_targets: list[str] = field(
@@ -167,6 +171,7 @@ class Train(Fit):
     reference: Literal["round", "first"] = "round"
     stale: Literal["keep", "drop", "weigh"] = "keep"  # trajectories whose policy has moved on; weigh: WPO
     drift: float = 0.1  # nats per action token since sampling, above which stale=drop drops
+    mismatch_max: float = 0.1  # nats per action token between engines and trainer on fresh rollouts; 0: no bound
     ess_min: float = 0.3  # share of the units that weights must leave in effect, else the update is refused
 
     @property
@@ -415,6 +420,12 @@ def _check(cfg: Run) -> None:
                 fit.sequence_parallel >= 1 and fit.workers % fit.sequence_parallel == 0,
                 f"{name}.sequence_parallel={fit.sequence_parallel}: must divide {name}.workers={fit.workers}",
             ),
+            (
+                fit.checkpointing or not (fit.keep_attention or fit.host_activations),
+                f"{name}.keep_attention, {name}.host_activations: belong to {name}.checkpointing=true",
+            ),
+            (fit.mlp_tokens >= 0, f"{name}.mlp_tokens={fit.mlp_tokens}: must not be negative"),
+            (fit.logits >= 0, f"{name}.logits={fit.logits}: must not be negative"),
             (fit.lora_rank >= 0, f"{name}.lora_rank={fit.lora_rank}: must not be negative"),
             (not fit.lora_rank or bool(fit.lora_targets), f"{name}.lora_targets=[]: name the layers that get adapters"),
             (fit.pack_tokens >= 0, f"{name}.pack_tokens={fit.pack_tokens}: must not be negative"),

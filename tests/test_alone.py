@@ -112,6 +112,8 @@ def test_a_loss_trace_does_not_depend_on_packing_sharing_accumulation_stage_or_w
             "zero-3": {"micro_batch": 2, "zero_stage": 3},
             "checkpointing": {"micro_batch": 2, "checkpointing": True},
             "offload": {"micro_batch": 2, "zero_stage": 2, "offload": True},
+            "kept-attention": {"micro_batch": 2, "checkpointing": True, "keep_attention": True},
+            "tiled": {"micro_batch": 4, "mlp_tokens": 50, "logits": 1, "checkpointing": True},
         },
     )
     two = run(

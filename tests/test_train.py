@@ -56,7 +56,7 @@ def trajectory(key):
         sample=key[1],
         round=0,
         seed=0,
-        kind="model",
+        kind="scripted",  # no engine drew it: its log-probs are not held against the trainer's
         scaffold="",
         prompt="",
         temperature=1.0,

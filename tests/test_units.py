@@ -11,7 +11,7 @@ import torch
 
 from entropo_ray import config, store
 from entropo_ray.records import Example, Label, Measure, Pair, Reference, Trajectory
-from entropo_ray.train import objective
+from entropo_ray.train import objective, rows
 from entropo_ray.train.baseline import Baseline, Seen
 from entropo_ray.train.rows import Size
 from entropo_ray.train.step import Job, Start
@@ -22,6 +22,7 @@ from entropo_ray.train.units import (
     health,
     length_of,
     lost_share,
+    mismatch,
     start_of,
     swap,
     unit,
@@ -252,6 +253,29 @@ def played(mask, logp):
         num_actions=sum(mask), num_tokens=len(mask), patch="", patch_class="", files=(), stop="agent", reason="",
         wall_s=0.0, grade=None, verdict=None,
     )  # fmt: skip
+
+
+def test_engines_and_trainer_are_held_against_each_other_by_token(tmp_path):
+    out = store.round_of(tmp_path, 0)
+    rows_ = [
+        replace(played((0, 1, 1, 0, 1), (0.0, -1.0, -2.0, 0.0, -3.0)), sample=n, kind=kind, round=round)
+        for n, (kind, round) in enumerate([("model", 2), ("scripted", 2), ("model", 1)])
+    ]
+    store.write(out.trajectories, Trajectory, rows_)
+    drawn = rows.drawn(out.trajectories, [("a", n) for n in range(3)], 2)
+    assert {key: values.tolist() for key, values in drawn.items()} == {("a", 0): [-1.0, -2.0, -3.0]}
+    cut = rows.drawn(out.trajectories, [("a", 0)], 2, cut=3)
+    assert cut["a", 0].tolist() == [-1.0, -2.0]
+
+    scored = {("a", 0): np.array([-1.5, -2.0, -2.9])}
+    found = mismatch(drawn, scored, 0.25)
+    assert found["mismatch"] == pytest.approx(0.2)
+    assert found["mismatch_max"] == pytest.approx(0.5)
+    assert found["mismatch_p99"] == pytest.approx(0.492)
+    with pytest.raises(ValueError, match=r"differ by 0\.2 nats.*mismatch_max=0\.1.*'a', 0"):
+        mismatch(drawn, scored, 0.1)
+    assert mismatch(drawn, scored, 0.0) == found
+    assert mismatch({}, {}, 0.1) == {}
 
 
 def test_the_start_weighs_turns_as_the_update_will(tmp_path):

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from entropo_ray import config
 from entropo_ray.records import Policy
+from entropo_ray.train import memory
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -31,7 +32,9 @@ def load(policy: Policy, cfg: config.Fit) -> Any:
     dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(str(policy.path), dtype=dtype)
     if cfg.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(memory.options(keep_attention=cfg.keep_attention))
+    if cfg.mlp_tokens:
+        memory.tile_mlps(model, cfg.mlp_tokens)
     return model
 
 

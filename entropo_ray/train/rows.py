@@ -48,15 +48,6 @@ def read(product: Path, keys: Collection[Key]) -> dict[Key, Row]:
     return found
 
 
-def references(product: Path, keys: Collection[Key]) -> dict[Key, np.ndarray]:
-    """[A] reference log-probs of `keys`. ValueError, naming the first key that is missing."""
-    found: dict[Key, np.ndarray] = {}
-    for table in _tables(product, ["ref_logp"], keys):
-        found.update(zip(_keys(table), _arrays(table["ref_logp"]), strict=True))
-    _check(found.keys(), keys, product)
-    return found
-
-
 def column_sums(
     product: Path, names: Sequence[str], keys: Collection[Key], weights: Mapping[Key, np.ndarray] | None = None
 ) -> dict[str, dict[Key, float]]:
@@ -90,6 +81,27 @@ def behaviour(product: Path, keys: Collection[Key], cut: int | None = None) -> d
     for table in _tables(product, ["behaviour_logp"], keys):
         sums = (float(values[:cut].sum(dtype=np.float64)) for values in _arrays(table["behaviour_logp"]))
         found.update(zip(_keys(table), sums, strict=True))
+    _check(found.keys(), keys, product)
+    return found
+
+
+def drawn(product: Path, keys: Collection[Key], round: int, cut: int | None = None) -> dict[Key, np.ndarray]:
+    """[A] the sampler's log-probs of those `keys` that the engines drew in this round (none of a teacher's)."""
+    found: dict[Key, np.ndarray] = {}
+    for table in _tables(product, ["kind", "round", "behaviour_logp", "action_mask"], keys):
+        columns = (table["kind"].to_pylist(), table["round"].to_pylist())
+        lists = (_arrays(table["behaviour_logp"]), _arrays(table["action_mask"]))
+        for key, kind, number, values, mask in zip(_keys(table), *columns, *lists, strict=True):
+            if kind == "model" and number == round:
+                found[key] = values[:cut][mask[:cut].astype(bool)]
+    return found
+
+
+def per_token(product: Path, column: str, keys: Collection[Key]) -> dict[Key, np.ndarray]:
+    """[A] values of one list column by key. ValueError, naming the first missing key."""
+    found: dict[Key, np.ndarray] = {}
+    for table in _tables(product, [column], keys):
+        found.update(zip(_keys(table), _arrays(table[column]), strict=True))
     _check(found.keys(), keys, product)
     return found
 

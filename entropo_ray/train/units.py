@@ -132,6 +132,30 @@ def fresh(
     return list(units), numbers
 
 
+def mismatch(drawn: Mapping[Key, np.ndarray], scored: Mapping[Key, np.ndarray], bound: float) -> dict[str, float]:
+    """|trainer - engine| of the log-probs of fresh action tokens in nats: mean, 99th percentile and maximum.
+
+    Both saw the same weights, so this is what their kernels and precisions differ by; nothing where nothing is fresh.
+    ValueError where the mean is above `bound` (train.mismatch_max; 0: none).
+    """
+    if not drawn:
+        return {}
+    assert all(len(scored[key]) == len(values) for key, values in drawn.items()), "scored from other trajectories"
+    apart = np.concatenate([np.abs(scored[key].astype(np.float64) - drawn[key]) for key in sorted(drawn)])
+    mean = float(apart.mean())
+    if bound and mean > bound:
+        worst = max(sorted(drawn), key=lambda key: float(np.abs(scored[key] - drawn[key]).mean()))
+        raise ValueError(
+            f"engines and trainer differ by {mean:.3g} nats per action token, above train.mismatch_max={bound:g} "
+            f"(worst: {worst}): did the engines load these weights, in this precision? train.mismatch_max=0 skips this"
+        )
+    return {
+        "mismatch": mean,
+        "mismatch_p99": float(np.quantile(apart, 0.99)),
+        "mismatch_max": float(apart.max()),
+    }
+
+
 def _enough(units: Sequence[Unit], weights: Sequence[float], of: int, cfg: config.Train) -> list[Unit]:
     left = objective.effective_size(torch.tensor(weights)) if units else 0.0
     if left < cfg.ess_min * of or not units:

@@ -21,6 +21,7 @@ from entropo_ray.train.units import (
     kl_of,
     length_of,
     lost_share,
+    mismatch,
     narrowed,
     start_of,
     swap,
@@ -75,8 +76,12 @@ def preferred(
     if moved:
         passes.measure(policy, reference, out.trajectories, keys, cfg, to=out.current, cut=cut, through=through)
     start = start_of(out, keys, moved=moved, cut=cut)
+    own = (out.current, "logp") if moved else (out.reference, "ref_logp")
+    drawn = rows.drawn(out.trajectories, keys, policy.round, cut)
+    between = mismatch(drawn, rows.per_token(*own, drawn.keys()), cfg.mismatch_max)
     cfg = replace(cfg, entropy=_entropy_weight(policy, start, cfg))
     units, numbers = fresh(units, start, rows.behaviour(out.trajectories, keys_of(units), cut), cfg)
+    numbers |= between
     numbers |= {"entropy_start": entropy_of(start), "kl_start": kl_of(start), "entropy_weight": cfg.entropy}
     numbers["lost_share"] = lost_share(keys_of(units), found)
     if cfg.turns == "all":

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropo_ray import config
-from entropo_ray.train import experts, lora, objective, parallel, rows
+from entropo_ray.train import experts, lora, memory, objective, parallel, rows, size
 from entropo_ray.train.baseline import Baseline, Seen
 from entropo_ray.train.batch import Key, Pack, Row, pack
 from entropo_ray.train.logprob import Anchor, Scorer
 from entropo_ray.train.model import load, save
 from entropo_ray.train.plan import Layout, Slot, Step, endless, plan
-from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, Unit, batch_of, ratios, totals, turns_of
+from entropo_ray.train.step import LOSSES, STEPS, Batch, Job, batch_of, ratios, totals, turns_of
 
 _BETAS = (0.9, 0.95)
 _TAG = "state"
@@ -67,7 +67,7 @@ class Fitting:
         self.swapped: dict[Key, Row] = {}
         if job.swapped:
             self.swapped, self.swapped_reference = self._read(job.swapped, job.swapped_reference, None)
-        self.engine = _engine(Scorer(self.model, parallel=self.parallel).train(), self.cfg)
+        self.engine = _engine(Scorer(self.model, floats=self.cfg.logits, parallel=self.parallel).train(), self.cfg)
         self.anchor = None
         if job.anchor and self.cfg.lora_rank and job.anchor.path == job.policy.path:
             self.anchor = self.engine.module  # with its adapters off
@@ -82,8 +82,8 @@ class Fitting:
         return self.parallel is not None and self.parallel.index > 0
 
     def _plan(self) -> list[Step]:
-        weights = self.model.num_parameters(exclude_embeddings=True)
-        costs = [cost(unit, weights, self.model.config) for unit in self.job.units]
+        shape = size.shape_of(self.model.config)
+        costs = [size.operations(shape, u.tokens, u.squares, u.actions, kept="nothing") for u in self.job.units]
         layout = Layout(
             costs,
             ranks=self.readers,
@@ -104,7 +104,7 @@ class Fitting:
         found = {key: row.head(cut) for key, row in rows.read(product, keys).items()}
         if reference is None:
             return found, {}
-        scored = rows.references(reference, keys)
+        scored = rows.per_token(reference, "ref_logp", keys)
         for key, row in found.items():
             if len(scored[key]) != int(row.action_mask.sum()):
                 raise ValueError(
@@ -226,7 +226,8 @@ class Fitting:
         keys = dict.fromkeys(key for unit in units for key in unit.keys)
         read = [self.rows[key].read() if reading else self.rows[key] for key in keys]
         packed = pack(read, share=self.cfg.share_prefix).to(self.engine.device)
-        scores = self.engine(packed, self._anchor(packed))
+        with memory.on_host() if self.cfg.host_activations else nullcontext():
+            scores = self.engine(packed, self._anchor(packed))
         turns = tuple(turns_of(unit, self.rows, self.cfg) for unit in units)
         return batch_of(packed, scores, units, [slot.weight for slot in slots], self.reference, turns)
 
@@ -312,18 +313,6 @@ def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=settings, dist_init_required=False)
     return engine
-
-
-def cost(unit: Unit, weights: int, geometry: Any) -> float:
-    """Floating-point operations of a unit, forward and backward: linear layers, attention, head."""
-    width = geometry.num_attention_heads * (
-        getattr(geometry, "head_dim", None) or geometry.hidden_size // geometry.num_attention_heads
-    )
-    return (
-        8.0 * weights * unit.tokens
-        + 9.0 * geometry.num_hidden_layers * width * unit.squares
-        + 8.0 * geometry.vocab_size * geometry.hidden_size * unit.actions
-    )
 
 
 def rate(step: int, steps: int, cfg: config.Fit) -> float:
