@@ -1,20 +1,26 @@
 """Benchmarks, side by side in one run: a table of ratios and memory, and one JSON object as the last line.
 
     python jobs/bench.py trainer [key=value ...]    a step of ours beside TRL's DPOTrainer and KTOTrainer
+    python jobs/bench.py logprob [key=value ...]    the head alone, by length: tiles and full logits
 
-Keys of trainer: cases, systems, device, dtype, steps, threads, truth (entropo_ray/bench/trainer.py).
+Keys: those of the classes Trainer (entropo_ray/bench/trainer.py) and Logprob (entropo_ray/bench/head.py).
 """
 
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from entropo_ray import config
-from entropo_ray.bench import trainer
+from entropo_ray.bench import head, trainer
 
-WHAT = {"trainer": (trainer.Trainer, trainer.run)}
+WHAT: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]]]] = {
+    "trainer": (trainer.Trainer, trainer.run),
+    "logprob": (head.Logprob, head.run),
+}
 
 
-def main(words: list[str]) -> dict[str, object]:
+def main(words: list[str]) -> dict[str, Any]:
     if not words or words[0] not in WHAT:
         raise ValueError(f"{words[0] if words else 'nothing'}: no such benchmark; give one of {', '.join(WHAT)}")
     schema, run = WHAT[words[0]]

@@ -64,10 +64,10 @@ from entropo_ray.records import Policy
 from entropo_ray.train import alone
 
 home, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-out = store.round_of(home / "run", 0)
 with alone.ranks(gpus=False) as driving:
     for name, words in settings.items() if driving else ():
         base = Policy(path=home / words.pop("base", "base"), round=0)
+        out = store.round_of(home / words.pop("run", "run"), 0)
         alone.fit(base, base, out, config.Train(**words), seed=0, to=home / name)
 """
 
@@ -234,3 +234,42 @@ def test_experts_of_ranks_that_route_apart_neither_wait_for_ever_nor_change_the_
         assert 0 < step["expert_entropy"] < 1
         assert step["expert_load_max"] > 1
         assert step["experts_idle"] >= 0
+
+
+def test_a_long_trajectory_over_a_large_vocabulary_fits_and_its_last_token_counts(home):
+    """32,768 and 20,000 tokens over 151,936 words: all logits of the longer one alone would be 18.6 GiB."""
+    import shutil
+
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=151_936, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, intermediate_size=128, tie_word_embeddings=True, max_position_embeddings=1 << 16,
+    )  # fmt: skip
+    shutil.copytree(home / "base", home / "wide")
+    (home / "wide" / "model.safetensors").unlink()
+    Qwen3ForCausalLM(shape).save_pretrained(home / "wide")
+    said = {}
+    for name, last in (("long", 7), ("other", 8)):
+        out = store.round_of(home / name, 0)
+        rows = []
+        for sample, length in enumerate((32_768, 20_000)):
+            rng = random.Random(sample)
+            ids = [rng.randrange(151_936) for _ in range(length)]
+            mask = [n >= 4096 and n % 40 < 8 for n in range(length)]
+            ids[-1], mask[-1] = last, True
+            said[sample] = sum(mask)
+            found = replace(attempt(0, sample), token_ids=tuple(ids), action_mask=tuple(mask))
+            rows.append(replace(found, behaviour_logp=(0.0,) * length))
+        store.write(out.trajectories, Trajectory, rows)
+        store.write(out.preferences, Pair, [Pair(task_id="task-0", chosen=0, rejected=1)])
+    words = {"base": "wide", "steps": 1, "batch": 1, "max_tokens": 32_768, "checkpointing": True}
+    found = run(home, {"long-fit": {**words, "run": "long"}, "other-fit": {**words, "run": "other"}})
+    for (step,) in found.values():
+        assert step["loss"] == math.log(2)
+        assert step["action_tokens"] == said[0] + said[1]
+        assert step["peak_gib"] < 6
+    (one,), (other,) = found.values()
+    assert abs(one["logp_chosen"] - other["logp_chosen"]) > 1e-3
