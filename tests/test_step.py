@@ -10,8 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from entropo_ray import config
 from entropo_ray.train import objective
 from entropo_ray.train.batch import Row, branch, pack, swapped
-from entropo_ray.train.logprob import Scorer
-from entropo_ray.train.step import LOSSES, Job, Unit, batch_of, totals, turns_of
+from entropo_ray.train.logprob import Scorer, Scores
+from entropo_ray.train.step import LOSSES, Job, Unit, batch_of, ratios, totals, turns_of
 
 VOCAB = 61
 ZERO = torch.zeros(1, dtype=torch.float64)
@@ -234,3 +234,18 @@ def test_a_row_without_an_action_token_has_no_turns_and_scores_nothing():
     packed = pack([row(0, [0, 0, 0]), row(1, [0, 1])])
     assert packed.turns == ((), (1,))
     assert packed.actions == (0, 1)
+
+
+def test_a_small_difference_of_long_trajectories_survives_its_sums():
+    """By token, then in double: what fp32 sums would leave of it is off by more than a step moves it."""
+    long = row(0, [0] * 8 + [1] * 6000)
+    packed = pack([long])
+    rng = torch.Generator().manual_seed(0)
+    logp = -5 * torch.rand(6000, generator=rng)
+    reference = logp + 1e-4 * torch.randn(6000, generator=rng)
+    truth = float((logp.double() - reference.double()).sum())
+    _, ref_sum = ratios(packed, Scores(logp, logp), {long.key: reference})
+    found = float(logp.double().sum() - ref_sum)
+    assert found == pytest.approx(truth, abs=1e-7)
+    in_fp32 = float(logp.cumsum(0)[-1] - reference.cumsum(0)[-1])
+    assert abs(in_fp32 - truth) > 1e-4

@@ -117,7 +117,8 @@ class System:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.prepare()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
+        # fused: the default of transformers' trainer, and so of TRL's
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0, fused=True)
         gc.collect()
 
     def prepare(self) -> None:

@@ -79,7 +79,7 @@ class _Score(torch.autograd.Function):
         logp = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         entropy, total = torch.empty_like(logp), torch.empty_like(logp)
         kl = logp.new_empty(len(target) if anchor else 0)
-        tall, wide = _tile(weight, head.floats)
+        tall, wide = _tile(weight, len(target), head.floats)
         start = head.shard.start if head.shard else 0
         for rows in _slices(len(target), tall):
             found: _Sums | None = None
@@ -110,14 +110,15 @@ class _Score(torch.autograd.Function):
         d_logp, d_entropy, _ = upstream
         through_entropy = bool(d_entropy.any())
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        d_bias = None if bias is None else torch.empty_like(bias)
-        tall, wide = _tile(weight, head.floats)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        tall, wide = _tile(weight, len(target), head.floats)
         start = head.shard.start if head.shard else 0
         # vocabulary outside: a stripe of the weight's gradient is finished before the next begins
         for columns in _slices(len(weight), wide):
-            stripe = torch.zeros((columns.stop - columns.start, weight.shape[1]), device=weight.device)
-            lift = stripe.new_zeros(len(stripe))
+            stripe = None if d_weight is None else d_weight[columns]
+            if stripe is not None and stripe.dtype != torch.float32:
+                stripe = torch.zeros_like(stripe, dtype=torch.float32)
             for rows in _slices(len(target), tall):
                 slope = _logits(hidden[rows], weight, bias, head.softcap, columns)
                 bend = None if head.softcap is None else 1 - (slope / head.softcap) ** 2
@@ -125,17 +126,17 @@ class _Score(torch.autograd.Function):
                 _put(slope, target[rows] - (start + columns.start), d_logp[rows])
                 if bend is not None:
                     slope *= bend
-                lift += slope.sum(0)
+                if d_bias is not None:
+                    d_bias[columns] += slope.sum(0)
                 slope = slope.to(weight.dtype)
-                d_hidden[rows] += slope @ weight[columns]
-                if d_weight is not None:
-                    stripe += slope.T @ hidden[rows].to(weight.dtype)
-            if d_weight is not None:
-                d_weight[columns] = stripe.to(weight.dtype)
-            if d_bias is not None:
-                d_bias[columns] = lift.to(d_bias.dtype)
+                _add_product(d_hidden[rows], slope, weight[columns])
+                if stripe is not None:
+                    _add_product(stripe, slope.T, hidden[rows].to(weight.dtype))
+            if d_weight is not None and stripe is not None and stripe.dtype != d_weight.dtype:
+                d_weight[columns] = stripe
         if head.shard:
             dist.all_reduce(d_hidden, group=head.shard.group)
+        d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
         return d_hidden.to(hidden.dtype), d_weight, None, d_bias, None, None
 
 
@@ -215,14 +216,22 @@ class _Sums:
         return _Sums(top, mass, slope, chosen, gap, other_top, other_mass)
 
 
-def _tile(weight: Tensor, floats: int) -> tuple[int, int]:
-    """Rows and columns of a tile: the whole vocabulary where that leaves rows enough to be worth reading it."""
+def _tile(weight: Tensor, count: int, floats: int) -> tuple[int, int]:
+    """Rows (of `count`) and columns of a tile: the whole vocabulary where that leaves rows enough to read it for."""
     kind, vocabulary = weight.device.type, len(weight)
     floats = floats or _TILE_FLOATS[kind]
     if floats >= _LEAST_ROWS * vocabulary:
         return floats // vocabulary, vocabulary
-    rows = min(_TILE_ROWS[kind], max(_LEAST_ROWS, floats // _LEAST_ROWS))
+    rows = min(_TILE_ROWS[kind], max(_LEAST_ROWS, min(count, floats // _LEAST_ROWS)))
     return rows, max(_LEAST_ROWS, floats // rows)
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """total += one @ other, the sum in fp32."""
+    if one.dtype == torch.float32:
+        total.addmm_(one, other)
+    else:
+        total += one @ other
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -296,8 +296,13 @@ def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
         "gradient_accumulation_steps": 1,
         "optimizer": {
             "type": "AdamW",
-            # torch's own: DeepSpeed's would compile an extension at the first start
-            "params": {"lr": cfg.lr, "betas": _BETAS, "weight_decay": cfg.weight_decay, "torch_adam": True},
+            "params": {
+                "lr": cfg.lr,
+                "betas": _BETAS,
+                "weight_decay": cfg.weight_decay,
+                "torch_adam": True,  # torch's own: DeepSpeed's would compile an extension at the first start
+                "fused": True,  # 26 ms instead of 270 for 42M weights on two cores
+            },
         },
         "gradient_clipping": cfg.clip,
         "bf16": {"enabled": cfg.precision == "bf16"},
