@@ -132,7 +132,8 @@ def test_a_loss_trace_does_not_depend_on_packing_sharing_accumulation_stage_or_w
     assert first[0]["loss"] == math.log(2)
     assert first[-1]["loss"] < 0.6
     for name, found in itertools.chain(one.items(), two.items()):
-        assert found[0]["loss"] == math.log(2), name
+        # odd stretches of an MLP are matrix products of odd shapes, whose last bits a CPU does not promise
+        assert found[0]["loss"] == (pytest.approx(math.log(2), abs=1e-8) if name == "tiled" else math.log(2)), name
         for step, (mine, truth) in enumerate(zip(found, first, strict=True)):
             for measure in ("loss", "margin", "logp_chosen", "logp_rejected"):
                 assert mine[measure] == pytest.approx(truth[measure], abs=1e-5, rel=1e-5), (name, step, measure)
@@ -273,3 +274,17 @@ def test_a_long_trajectory_over_a_large_vocabulary_fits_and_its_last_token_count
         assert step["peak_gib"] < 6
     (one,), (other,) = found.values()
     assert abs(one["logp_chosen"] - other["logp_chosen"]) > 1e-3
+
+
+def test_in_bf16_a_policy_that_equals_its_reference_still_starts_at_exactly_ln_2(home):
+    """Whatever the packs: a trajectory has the same bits in all of them. Masters are fp32, so small steps count."""
+    words = {"precision": "bf16", "steps": 4, "lr": 1e-5}
+    settings = {
+        "bf16-alone": {"micro_batch": 1, "share_prefix": False, "zero_stage": 1},
+        "bf16-shared": {"micro_batch": 8, "zero_stage": 2},
+        "bf16-tokens": {"pack_tokens": 300, "zero_stage": 3},
+    }
+    found = run(home, {name: {**words, **more} for name, more in settings.items()})
+    assert [steps[0]["loss"] for steps in found.values()] == [math.log(2)] * 3
+    for steps in found.values():
+        assert len({step["loss"] for step in steps}) == 4

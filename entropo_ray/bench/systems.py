@@ -245,7 +245,7 @@ class Trl(System):
     def _kto_batch(self) -> None:
         count = len(self.rows)
         mismatched = {f"KL_{name}": values.roll(1, 0) for name, values in self.batch.items()}
-        self.batch |= mismatched | {"label": [True] * count + [False] * count}
+        self.batch |= mismatched | {"label": torch.tensor([True] * count + [False] * count)}
 
     def loss(self) -> Tensor:
         found: Tensor = self.trainer.compute_loss(self.model, self.batch)

@@ -79,7 +79,7 @@ class _Score(torch.autograd.Function):
         logp = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         entropy, total = torch.empty_like(logp), torch.empty_like(logp)
         kl = logp.new_empty(len(target) if anchor else 0)
-        tall, wide = _tile(weight, len(target), head.floats)
+        tall, wide = _tile(weight, head.floats)
         start = head.shard.start if head.shard else 0
         for rows in _slices(len(target), tall):
             found: _Sums | None = None
@@ -112,7 +112,7 @@ class _Score(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        tall, wide = _tile(weight, len(target), head.floats)
+        tall, wide = _tile(weight, head.floats)
         start = head.shard.start if head.shard else 0
         # vocabulary outside: a stripe of the weight's gradient is finished before the next begins
         for columns in _slices(len(weight), wide):
@@ -216,13 +216,16 @@ class _Sums:
         return _Sums(top, mass, slope, chosen, gap, other_top, other_mass)
 
 
-def _tile(weight: Tensor, count: int, floats: int) -> tuple[int, int]:
-    """Rows (of `count`) and columns of a tile: the whole vocabulary where that leaves rows enough to read it for."""
+def _tile(weight: Tensor, floats: int) -> tuple[int, int]:
+    """Rows and columns of a tile: the whole vocabulary where that leaves rows enough to read it for.
+
+    Whatever the number of rows in all: other columns would be other sums, and a trajectory have other bits elsewhere.
+    """
     kind, vocabulary = weight.device.type, len(weight)
     floats = floats or _TILE_FLOATS[kind]
     if floats >= _LEAST_ROWS * vocabulary:
         return floats // vocabulary, vocabulary
-    rows = min(_TILE_ROWS[kind], max(_LEAST_ROWS, min(count, floats // _LEAST_ROWS)))
+    rows = min(_TILE_ROWS[kind], max(_LEAST_ROWS, floats // _LEAST_ROWS))
     return rows, max(_LEAST_ROWS, floats // rows)
 
 

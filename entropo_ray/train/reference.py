@@ -150,8 +150,8 @@ class ReferenceScorer:
         self.device = "cuda" if cfg.worker_gpus else "cpu"
         if not cfg.worker_gpus:
             torch.set_num_threads(cfg.worker_threads or max(1, len(os.sched_getaffinity(0)) // cfg.workers))
-        self.scorer = Scorer(load(policy, cfg)).eval().to(self.device)
-        self.other = Scorer(load(other, cfg)).eval().to(self.device) if other else None
+        self.scorer = Scorer(load(policy, cfg), floats=cfg.logits).eval().to(self.device)
+        self.other = Scorer(load(other, cfg), floats=cfg.logits).eval().to(self.device) if other else None
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

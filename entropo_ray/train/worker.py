@@ -72,7 +72,11 @@ class Fitting:
         if job.anchor and self.cfg.lora_rank and job.anchor.path == job.policy.path:
             self.anchor = self.engine.module  # with its adapters off
         elif job.anchor:
-            self.anchor = Scorer(load(job.anchor, self.cfg), parallel=self.parallel).eval().to(self.engine.device)
+            self.anchor = (
+                Scorer(load(job.anchor, self.cfg), floats=self.cfg.logits, parallel=self.parallel)
+                .eval()
+                .to(self.engine.device)
+            )
         self.baseline = Baseline(job) if job.kind == "label" else None
         self.seen: list[Seen] = []  # of the step that runs
 
