@@ -411,34 +411,42 @@ def _check(cfg: Run) -> None:
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
     ]
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
-        readers = fit.workers // max(1, fit.sequence_parallel)
-        share = 1 if fit.pack_tokens else readers * fit.micro_batch
-        rules += [
-            (fit.workers >= 1, f"{name}.workers={fit.workers}: must be at least 1"),
-            (fit.lr > 0, f"{name}.lr={fit.lr}: must be above 0"),
-            (
-                fit.sequence_parallel >= 1 and fit.workers % fit.sequence_parallel == 0,
-                f"{name}.sequence_parallel={fit.sequence_parallel}: must divide {name}.workers={fit.workers}",
-            ),
-            (
-                fit.checkpointing or not (fit.keep_attention or fit.host_activations),
-                f"{name}.keep_attention, {name}.host_activations: belong to {name}.checkpointing=true",
-            ),
-            (fit.mlp_tokens >= 0, f"{name}.mlp_tokens={fit.mlp_tokens}: must not be negative"),
-            (fit.logits >= 0, f"{name}.logits={fit.logits}: must not be negative"),
-            (fit.lora_rank >= 0, f"{name}.lora_rank={fit.lora_rank}: must not be negative"),
-            (not fit.lora_rank or bool(fit.lora_targets), f"{name}.lora_targets=[]: name the layers that get adapters"),
-            (fit.pack_tokens >= 0, f"{name}.pack_tokens={fit.pack_tokens}: must not be negative"),
-            (fit.steps >= 0, f"{name}.steps={fit.steps}: must not be negative"),
-            (
-                share > 0 and fit.batch % share == 0,
-                f"{name}.batch={fit.batch}: must be a multiple of workers x micro_batch = {share}"
-                + (" (workers / sequence_parallel)" if fit.sequence_parallel > 1 else ""),
-            ),
-        ]
+        rules += _fitting(name, fit)
     for holds, complaint in rules:
         if not holds:
             raise ValueError(complaint)
+
+
+def _fitting(name: str, fit: Fit) -> list[tuple[bool, str]]:
+    readers = fit.workers // max(1, fit.sequence_parallel)
+    share = 1 if fit.pack_tokens else readers * fit.micro_batch
+    return [
+        (fit.workers >= 1, f"{name}.workers={fit.workers}: must be at least 1"),
+        (fit.lr > 0, f"{name}.lr={fit.lr}: must be above 0"),
+        (
+            fit.sequence_parallel >= 1 and fit.workers % fit.sequence_parallel == 0,
+            f"{name}.sequence_parallel={fit.sequence_parallel}: must divide {name}.workers={fit.workers}",
+        ),
+        (
+            fit.checkpointing or not (fit.keep_attention or fit.host_activations),
+            f"{name}.keep_attention, {name}.host_activations: belong to {name}.checkpointing=true",
+        ),
+        (fit.mlp_tokens >= 0, f"{name}.mlp_tokens={fit.mlp_tokens}: must not be negative"),
+        (fit.logits >= 0, f"{name}.logits={fit.logits}: must not be negative"),
+        (fit.lora_rank >= 0, f"{name}.lora_rank={fit.lora_rank}: must not be negative"),
+        (not fit.lora_rank or bool(fit.lora_targets), f"{name}.lora_targets=[]: name the layers that get adapters"),
+        (fit.pack_tokens >= 0, f"{name}.pack_tokens={fit.pack_tokens}: must not be negative"),
+        (fit.steps >= 0, f"{name}.steps={fit.steps}: must not be negative"),
+        (
+            share > 0 and fit.batch % share == 0,
+            f"{name}.batch={fit.batch}: must be a multiple of workers x micro_batch = {share}"
+            + (" (workers / sequence_parallel)" if fit.sequence_parallel > 1 else ""),
+        ),
+        (
+            not (fit.keep_attention and fit.host_activations),
+            f"{name}.keep_attention and {name}.host_activations: attention keeps its own on the device; give one",
+        ),
+    ]
 
 
 def check_objective(train: Train) -> None:

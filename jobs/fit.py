@@ -27,6 +27,7 @@ def main(cfg: config.Run) -> None:
     reference = policy if cfg.train.reference == "round" else first
     with alone.ranks(gpus=cfg.train.worker_gpus > 0) as driving:
         if driving:
+            config.pin(cfg)
             with observe.stages(cfg.run_dir)("fit", round=t) as numbers:
                 numbers |= alone.fit(policy, reference, out, cfg.train, seed=cfg.seed, to=out.policy)
             print(f"policy: {out.policy}")

@@ -205,6 +205,40 @@ def test_adapters_are_trained_alone_merged_and_lie_beside_the_weights(home):
     torch.testing.assert_close(merged, apart, rtol=1e-5, atol=1e-5)
 
 
+def test_adapters_that_would_miss_the_experts_of_a_mixture_are_refused():
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from entropo_ray import config
+    from entropo_ray.train import lora
+
+    shape = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    shape |= {"num_key_value_heads": 1, "moe_intermediate_size": 8, "num_experts": 4, "mlp_only_layers": [0]}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, intermediate_size=24, num_experts_per_tok=1))
+    with pytest.raises(ValueError, match=r"lora_targets: Qwen3MoeForCausalLM has experts that are 3-D parameters"):
+        lora.inject(model, config.Fit(lora_rank=2))
+    lora.inject(model, config.Fit(lora_rank=2, lora_targets=["q_proj"]))
+    assert all(isinstance(layer.base_layer, torch.nn.Linear) for layer in lora.layers(model).values())
+
+
+def test_a_start_with_other_settings_does_not_go_on_from_the_checkpoints_of_the_first(home):
+    """Their directory says whose it is."""
+    words = {"micro_batch": 8, "steps": 6, "checkpoint_steps": 2}
+    started = run(home, {"twice": {**words, "steps": 400}}, wait=False)
+    latest = home / ".twice.alone.partial" / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not latest.is_file():
+        assert started.poll() is None, started.stderr.read()[-3000:]
+        assert time.monotonic() < deadline, "no checkpoint within 120 s"
+        time.sleep(0.02)
+    started.kill()
+    started.communicate(timeout=30)
+    found = run(home, {"twice": words, "once": words})
+    assert [step["loss"] for step in found["twice"]] == [step["loss"] for step in found["once"]]
+    assert sorted(p.name for p in (home / "twice").iterdir()) == sorted(p.name for p in (home / "once").iterdir())
+    assert not list(home.glob(".twice.*"))
+
+
 def test_an_adapter_for_a_layer_that_is_not_there_is_refused(home):
     started = run(home, {"misspelt": {"lora_rank": 4, "lora_targets": ["q_proj", "experts"]}}, wait=False)
     _, errors = started.communicate(timeout=120)
@@ -212,7 +246,8 @@ def test_an_adapter_for_a_layer_that_is_not_there_is_refused(home):
     assert started.returncode != 0
 
 
-def test_experts_of_ranks_that_route_apart_neither_wait_for_ever_nor_change_the_loss(home):
+def test_a_mixture_of_experts_has_the_same_losses_on_two_ranks_under_zero_3(home):
+    """Tokens of the two go to different experts."""
     import shutil
 
     import torch

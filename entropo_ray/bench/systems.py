@@ -48,6 +48,7 @@ class Settings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """Of the weights."""
         return torch.float32 if self.dtype == "fp32" else torch.bfloat16
 
 
@@ -152,7 +153,10 @@ class System:
 
 
 class Ours(System):
-    """The scorer, packs and loss that a rank uses; the reference is scored once a round."""
+    """The scorer, packs and loss that a rank uses; the reference is scored once a round.
+
+    Labels have a reference point that costs no pass (z0 as with onpolicy, here 0), where TRL scores mismatched answers.
+    """
 
     def prepare(self) -> None:
         self.scorer = Scorer(self.model)
@@ -275,7 +279,7 @@ def _trainer(kind: str, settings: Settings, policy: Any, reference: Any, *, prec
     if kind == "KTO":
         told = {"prompt": "a", "completion": "a", "label": True}  # type: ignore[dict-item]
         options["per_device_train_batch_size"] = 2
-    home = tempfile.mkdtemp(prefix="bench-")
+    home = tempfile.gettempdir()  # nothing is written there
     return getattr(trl, f"{kind}Trainer")(
         policy,
         reference,

@@ -67,30 +67,30 @@ def _case(settings: Settings, systems: Sequence[str], cfg: Trainer) -> dict[str,
     with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
         file = Path(home) / "settings.json"
         file.write_text(json.dumps(asdict(settings)))
-        truth = _check("fp64", stack.enter_context(_child("fp64", file)), Path(home)) if cfg.truth else None
+        truth = _check(stack.enter_context(_child("fp64", file)), Path(home)) if cfg.truth else None
         stack.close()  # its memory goes before the others come
         children = {name: stack.enter_context(_child(name, file)) for name in systems}
         found: dict[str, dict[str, float]] = {name: {} for name in systems}
         for name, child in children.items():
             if truth:
-                found[name] |= _difference(_check(name, child, Path(home)), truth)
+                found[name] |= _difference(_check(child, Path(home)), truth)
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
         for number in range(2 + cfg.steps):
             for name, child in children.items():  # turn by turn, so that a slow minute of the machine hits all
                 if number == 1:
-                    _ask(name, child, "reset")
-                steps[name].append(_ask(name, child, "step"))
+                    child.ask("reset")
+                steps[name].append(child.ask("step"))
         for name, child in children.items():
             timed = steps[name][2:]
             found[name] |= {what: statistics.median(step[what] for step in timed) for what in ("wall", "cpu")}
             found[name] |= {"wall_min": min(step["wall"] for step in timed), "loss": steps[name][0]["loss"]}
-            found[name] |= _ask(name, child, "peak")
+            found[name] |= child.ask("peak")
         return found
 
 
-def _check(name: str, child: subprocess.Popen[str], home: Path) -> dict[str, Any]:
-    file = home / f"{name.replace(' ', '-')}.npz"
-    return _ask(name, child, f"check {file}") | {"file": file}
+def _check(child: _Child, home: Path) -> dict[str, Any]:
+    file = home / f"{child.name.replace(' ', '-')}.npz"
+    return child.ask(f"check {file}") | {"file": file}
 
 
 def _difference(mine: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str, float]:
@@ -104,37 +104,46 @@ def _difference(mine: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str, 
     return {"loss_error": abs(mine["loss"] - truth["loss"]), "gradient_error": (apart / whole) ** 0.5}
 
 
+@dataclass(frozen=True)
+class _Child:
+    """A system in its own process."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Path  # what it and its libraries say; a pipe that nobody reads would fill up
+
+    def ask(self, word: str) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        guard = threading.Timer(_WAIT_S, self.process.kill)
+        guard.start()
+        line = self.process.stdout.readline()
+        guard.cancel()
+        if not line:
+            said = self.log.read_text()[-2000:]
+            raise RuntimeError(f"{self.name} ended, or gave no answer in {_WAIT_S:.0f} s: {said}")
+        found: dict[str, float] = json.loads(line)
+        return found
+
+
 @contextmanager
-def _child(name: str, settings: Path) -> Iterator[subprocess.Popen[str]]:
+def _child(name: str, settings: Path) -> Iterator[_Child]:
     command = [sys.executable, "-m", "entropo_ray.bench.systems", name, str(settings)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = settings.with_name(f"{name.replace(' ', '-')}.log")
+    with log.open("w") as said:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+    child = _Child(name, process, log)
     try:
-        assert child.stdout is not None
-        _answer(name, child)
+        child.answer()
         yield child
     finally:
-        child.kill()
-        child.wait(timeout=30)
-
-
-def _ask(name: str, child: subprocess.Popen[str], word: str) -> dict[str, float]:
-    assert child.stdin is not None
-    child.stdin.write(f"{word}\n")
-    child.stdin.flush()
-    return _answer(name, child)
-
-
-def _answer(name: str, child: subprocess.Popen[str]) -> dict[str, float]:
-    assert child.stdout is not None
-    assert child.stderr is not None
-    guard = threading.Timer(_WAIT_S, child.kill)
-    guard.start()
-    line = child.stdout.readline()
-    guard.cancel()
-    if not line:
-        raise RuntimeError(f"{name} ended, or gave no answer in {_WAIT_S:.0f} s: {child.stderr.read()[-2000:]}")
-    found: dict[str, float] = json.loads(line)
-    return found
+        process.kill()
+        process.wait(timeout=30)
 
 
 def _peak_flops(cfg: Trainer) -> float:

@@ -6,6 +6,7 @@ killed goes on from its last checkpoint when the same command is given again (or
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -32,6 +33,7 @@ from entropo_ray.train.worker import Fitting
 
 _WAIT = timedelta(hours=6)  # for an order: rank 0 may be reading a round, others have nothing to do meanwhile
 _KEPT = 2  # checkpoints
+_WHOSE = "whose"  # the digest of the update that a partial directory belongs to
 
 
 @contextmanager
@@ -42,20 +44,19 @@ def ranks(*, gpus: bool) -> Iterator[bool]:
     if gpus:
         torch.cuda.set_device(int(local))
     dist.init_process_group("nccl" if gpus else "gloo", store=meeting, rank=rank, world_size=count, timeout=_WAIT)
-    try:
-        if dist.get_rank():
-            while (order := _told(None)) is not None:
-                order()
-            yield False
-        else:
+    if dist.get_rank():
+        while (order := _told(None)) is not None:
+            order()
+        yield False
+    else:
+        try:
             yield True
-            _told(None)
-    except ValueError:  # of the words given: the others wait for an order
-        if dist.get_rank() == 0:
-            _told(None)
-        raise
-    finally:
-        dist.destroy_process_group()
+        except BaseException:
+            if not _Busy.now:  # the others wait for an order; amid one they would take this for another collective
+                _told(None)
+            raise
+        _told(None)
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are in the middle of something
 
 
 def _meeting() -> tuple[Any, int, int]:
@@ -79,11 +80,24 @@ def fit(
         raise ValueError(f"train.workers={cfg.workers}: {count} ranks were started; give train.workers={count}")
     job, numbers = preferred(policy, reference, out, cfg, seed=seed, to=to, through=by_ranks)
     started = time.perf_counter()
-    partial = to.with_name(f".{to.name}.alone.partial")  # the same at each start: its checkpoints are gone on from
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = _partial(job, to, count)
     _all(Train(replace(job, to=partial)))
     shutil.rmtree(partial / Folder.NAME, ignore_errors=True)
+    (partial / _WHOSE).unlink()
     return numbers | publish(job, partial, to) | {"seconds": time.perf_counter() - started}
+
+
+def _partial(job: Job, to: Path, count: int) -> Path:
+    """The same directory at each start, whose checkpoints are gone on from, if it belongs to this very update."""
+    partial = to.with_name(f".{to.name}.alone.partial")
+    mine = hashlib.sha256(repr((replace(job, to=to), count)).encode()).hexdigest()
+    for other in to.parent.glob(f".{to.name}.*.partial"):
+        told = other / _WHOSE
+        if other != partial or not told.is_file() or told.read_text() != mine:
+            shutil.rmtree(other)
+    partial.mkdir(parents=True, exist_ok=True)
+    store.save(partial / _WHOSE, mine)
+    return partial
 
 
 def by_ranks(keys: Sequence[Key], cfg: config.Fit, to: Path, *source: Any) -> None:
@@ -123,7 +137,15 @@ class Score:
 def _all(order: Callable[[], None]) -> None:
     """Have every rank do it; called by rank 0."""
     _told(order)
+    _Busy.now = True
     order()
+    _Busy.now = False
+
+
+class _Busy:
+    """Whether an order is carried out."""
+
+    now = False
 
 
 def _told(order: Callable[[], None] | None) -> Callable[[], None] | None:

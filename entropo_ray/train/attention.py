@@ -4,7 +4,7 @@ The function is registered with transformers under NAME and gets the pack's `gro
 never looks at masks or position ids: transformers isolates packed sequences by position ids only while no cache is in
 use. A prompt that several sequences share stands in the row once. It is computed by a call of its own, and each
 continuation by an ordinary causal call over both: the same calls for a sequence that is alone, as the last bits of a
-kernel's result depend on the length of its input. So sharing changes no bit, at the price of the prompt's attention.
+kernel's result depend on the length of its input. So sharing changes no bit on a CPU, for one more call on the prompt.
 """
 
 from __future__ import annotations

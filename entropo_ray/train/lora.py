@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from entropo_ray import config
+from entropo_ray.train.experts import blocks
 
 FOLDER = "adapter"  # beside the weights
 _NAME = "default"
@@ -25,8 +27,8 @@ _NAME = "default"
 def inject(model: nn.Module, cfg: config.Fit) -> None:
     """Put adapters on the linear layers that `lora_targets` names, and train nothing else.
 
-    ValueError for a target that no linear layer has as the last part of its name: experts that are one 3-D parameter
-    would be left out silently (train.lora_rank=0 trains all weights), and so would a misspelt one.
+    ValueError for a target that no linear layer has as the last part of its name, and for a part of the MLPs in a
+    mixture of experts: its experts are 3-D parameters, which adapters for linear layers would miss without a word.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in cfg.lora_targets:
@@ -35,8 +37,15 @@ def inject(model: nn.Module, cfg: config.Fit) -> None:
             raise ValueError(
                 f"lora_targets: {target} is no linear layer of {type(model).__name__}; it has {', '.join(known)}"
             )
+    if blocks(model) and any(".mlp." in name and name.rpartition(".")[2] in cfg.lora_targets for name in names):
+        raise ValueError(
+            f"lora_targets: {type(model).__name__} has experts that are 3-D parameters, which adapters do not reach; "
+            "name attention's layers alone, as in lora_targets=[q_proj,k_proj,v_proj,o_proj], or train all weights"
+        )
     settings = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=list(cfg.lora_targets))
     inject_adapter_in_model(settings, model, _NAME)
+    for name, layer in layers(model).items():
+        assert isinstance(layer, LoraLinear), f"{name} got a {type(layer).__name__}, which cannot be merged here"
     for name, weight in model.named_parameters():
         weight.requires_grad_("lora_" in name)
 

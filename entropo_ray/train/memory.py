@@ -59,7 +59,7 @@ def _tiled(forward: Any, tokens: int, states: Tensor) -> Tensor:
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """Activations that autograd keeps lie in host memory; parameters and small tensors stay where they are."""
+    """Large tensors that autograd keeps lie in host memory; with recomputation, these are the inputs of layers."""
 
     def away(tensor: Tensor) -> tuple[torch.device, Tensor] | Tensor:
         if tensor.is_leaf or tensor.numel() * tensor.element_size() < _WORTH or not tensor.is_cuda:

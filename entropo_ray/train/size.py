@@ -1,7 +1,7 @@
 """What an update needs: floating-point operations of a step, and memory of a rank. Arithmetic, no tensors.
 
 The operations are those of the algorithm as it is computed here (recomputation included); memory counts what grows with
-the model or the trajectory. jobs/bench.py holds both against measurements.
+the model or the trajectory, and has not been held against measurements yet.
 """
 
 from __future__ import annotations

@@ -335,8 +335,12 @@ def rate(step: int, steps: int, cfg: config.Fit) -> float:
 
 
 def gathered(model: Any, *, gather: bool, keep: bool) -> dict[str, Tensor]:
-    """All weights on the CPU where `keep` holds; a collective under ZeRO-3 (`gather`), one parameter at a time."""
-    state: dict[str, Tensor] = {}
+    """All weights on the CPU where `keep` holds; a collective under ZeRO-3 (`gather`), one parameter at a time.
+
+    Buffers that belong to a model's state are among them: a router's bias is one.
+    """
+    kept = model.state_dict().keys() if keep else ()
+    state = {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers() if name in kept}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=gather):
             if keep:
