@@ -64,7 +64,7 @@ def test_the_share_of_sampled_tokens_and_the_least_work_are_as_said():
 
 
 def test_the_head_is_measured_in_a_process_of_its_own():
-    cfg = head.Logprob(tokens=[2048], vocab=5000, hidden=32, repeats=1, threads=1)
+    cfg = head.Logprob(tokens=[2048], vocab=40_000, hidden=32, repeats=1, threads=1)
     tiles, full = (head._measured(name, 2048, cfg) for name in ("tiles", "full logits"))
     assert tiles["seconds"] > 0
     assert full["gib"] > 2 * tiles["gib"] > 0
