@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from entropo_ray.bench import head, trainer
-from entropo_ray.bench.cases import Case, Geometry, least_flops
+from entropo_ray.bench.cases import Case, body, least_flops
 from entropo_ray.bench.systems import SYSTEMS, Settings, read, rows_of
+from entropo_ray.train.size import Shape
 
 ROOT = Path(__file__).parents[1]
-SMALL = Geometry(vocab=97, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
+SMALL = Shape(vocab=97, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=True)
 PAIRS = Case("small", SMALL, pairs=2, prompt=20, chosen=90, rejected=60, share=0.4)
 
 
@@ -36,7 +37,7 @@ def checked(name, settings, home):
 
 @pytest.mark.parametrize("kto", [False, True])
 def test_all_systems_of_a_case_agree_with_full_logits_in_double(trl, tmp_path, kto):
-    settings = Settings(Case(**asdict(PAIRS) | {"geometry": SMALL, "kto": kto}), "cpu", "fp32", 1)
+    settings = Settings(Case(**asdict(PAIRS) | {"shape": SMALL, "kto": kto}), "cpu", "fp32", 1)
     assert read(json.dumps(asdict(settings))) == settings
     truth = checked("fp64", settings, tmp_path)
     for name in ("ours", "trl") if kto else ("ours", "trl", "trl precomputed"):
@@ -54,12 +55,12 @@ def test_a_difference_of_gradients_is_seen(tmp_path):
 
 
 def test_the_share_of_sampled_tokens_and_the_least_work_are_as_said():
-    case = Case("", Geometry(), chosen=20_000, rejected=10_000)
+    case = Case("", body(), chosen=20_000, rejected=10_000)
     (chosen, rejected), *_ = rows_of(Settings(case, "cpu", "fp32", 1))
     assert (len(chosen.token_ids), len(rejected.token_ids)) == (20_000, 10_000)
     assert chosen.action_mask[128:].mean() == pytest.approx(0.22, abs=0.01)
     assert (chosen.token_ids[:128] == rejected.token_ids[:128]).all()
-    double = Case("", Geometry(), pairs=2, chosen=20_000, rejected=10_000)
+    double = Case("", body(), pairs=2, chosen=20_000, rejected=10_000)
     assert least_flops(double) == 2 * least_flops(case)
 
 

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from entropo_ray.train.size import Shape
 
-@dataclass(frozen=True)
-class Geometry:
-    """Of a Qwen3 with random weights."""
 
-    vocab: int = 151_936
-    hidden: int = 256
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
-    mlp: int = 768
-
-    @property
-    def backbone(self) -> int:
-        """Weights of the linear layers."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.mlp)
+def body(vocab: int = 151_936) -> Shape:
+    """A small Qwen3 with random weights under a vocabulary of this size."""
+    return Shape(4, 256, 4, 2, 64, vocab, 768, tied=True)
 
 
 @dataclass(frozen=True)
@@ -29,7 +17,7 @@ class Case:
     """Pairs of attempts at tasks of their own; `share`: of the tokens behind the prompt, those the policy sampled."""
 
     name: str
-    geometry: Geometry = field(default_factory=Geometry)
+    shape: Shape = field(default_factory=body)
     pairs: int = 1
     prompt: int = 128
     chosen: int = 1024  # tokens of a chosen trajectory, its prompt included
@@ -44,8 +32,8 @@ CASES = {
     for case in (
         Case("vocabulary"),
         Case("kto", kto=True),
-        Case("ragged", Geometry(vocab=1024), pairs=2, prompt=128, chosen=2048, rejected=819, share=1.0),
-        Case("equal", Geometry(vocab=1024), pairs=2, prompt=128, chosen=1024, rejected=1024, share=1.0),
+        Case("ragged", body(1024), pairs=2, prompt=128, chosen=2048, rejected=819, share=1.0),
+        Case("equal", body(1024), pairs=2, prompt=128, chosen=1024, rejected=1024, share=1.0),
         Case("checkpointing", checkpointing=True),
         Case("half", share=0.5),
         Case("long", chosen=4096, rejected=3072),
@@ -55,10 +43,10 @@ CASES = {
 
 def least_flops(case: Case) -> float:
     """6 a weight and token, 3 times causal attention forward, and the head at what was sampled: nothing done twice."""
-    shape = case.geometry
+    shape = case.shape
     total = 0.0
     for length in (case.chosen, case.rejected):
         actions = case.share * (length - case.prompt)
-        total += 6.0 * shape.backbone * length + 6.0 * shape.vocab * shape.hidden * actions
+        total += 6.0 * shape.active * length + 6.0 * shape.vocab * shape.hidden * actions
         total += 3 * 2.0 * shape.layers * shape.heads * shape.head_dim * length**2
     return case.pairs * total

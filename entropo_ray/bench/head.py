@@ -92,9 +92,9 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-    before = torch.cuda.memory_allocated() if cuda else _status("VmRSS")
+    before = torch.cuda.memory_allocated() if cuda else status("VmRSS")
     seconds = [_once(VARIANTS[name], hidden, weight, target) for _ in range(cfg.repeats)]
-    peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")
     print(json.dumps({"seconds": statistics.median(seconds), "gib": (peak - before) / 2**30}))  # noqa: T201
 
 
@@ -107,7 +107,7 @@ def _once(variant: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, w
     return time.perf_counter() - started
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """Bytes that the kernel counts for this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

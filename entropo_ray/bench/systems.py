@@ -28,9 +28,11 @@ from torch.nn.functional import logsigmoid
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from entropo_ray import config
-from entropo_ray.bench.cases import Case, Geometry
+from entropo_ray.bench.cases import Case
+from entropo_ray.bench.head import status
 from entropo_ray.train.batch import Row, pack
 from entropo_ray.train.logprob import Scorer
+from entropo_ray.train.size import Shape
 from entropo_ray.train.step import LOSSES, Job, Unit, batch_of
 
 BETA, LR = 0.1, 1e-6
@@ -56,12 +58,12 @@ def read(text: str) -> Settings:
     """Settings as they were written with dataclasses.asdict."""
     told = json.loads(text)
     case = told.pop("case")
-    return Settings(case=Case(**case | {"geometry": Geometry(**case["geometry"])}), **told)
+    return Settings(case=Case(**case | {"shape": Shape(**case["shape"])}), **told)
 
 
 def model_of(settings: Settings, *, reference: bool = False) -> Any:
     """The policy, or the reference that it left a little."""
-    shape = settings.case.geometry
+    shape = settings.case.shape
     torch.manual_seed(settings.seed)
     told = Qwen3Config(
         vocab_size=shape.vocab,
@@ -87,10 +89,10 @@ def rows_of(settings: Settings) -> list[tuple[Row, Row]]:
     case, rng = settings.case, np.random.default_rng(settings.seed)
     pairs = []
     for number in range(case.pairs):
-        prompt = rng.integers(0, case.geometry.vocab, case.prompt)
+        prompt = rng.integers(0, case.shape.vocab, case.prompt)
         pair = []
         for sample, length in enumerate((case.chosen, case.rejected)):
-            ids = np.concatenate([prompt, rng.integers(0, case.geometry.vocab, length - case.prompt)])
+            ids = np.concatenate([prompt, rng.integers(0, case.shape.vocab, length - case.prompt)])
             pair.append(Row((f"task-{number}", sample), ids.astype(np.int32), _mask(length, case, rng)))
         pairs.append((pair[0], pair[1]))
     return pairs
@@ -297,12 +299,6 @@ SYSTEMS: dict[str, Callable[[Settings], System]] = {
 }
 
 
-def _rss() -> dict[str, float]:
-    """Memory now and its peak since the last reset, in GiB."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {name: int(fields[key].split()[0]) / 2**20 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
-
-
 def main() -> None:
     """Serve one system."""
     name, settings = sys.argv[1], read(Path(sys.argv[2]).read_text())
@@ -313,7 +309,7 @@ def main() -> None:
     if name.startswith("trl"):
         importlib.import_module("trl").DPOTrainer  # noqa: B018  (it loads on first use)
     cuda = settings.device == "cuda"
-    before = _rss()["now"]
+    before = status("VmRSS") / 2**30
     system = SYSTEMS[name](settings)
     weights = sum(weight.numel() * weight.element_size() for weight in system.model.parameters()) / 2**30
     for word in itertools.chain(["ready"], (line.strip() for line in iter(sys.stdin.readline, ""))):
@@ -328,8 +324,8 @@ def main() -> None:
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
         elif word == "peak":
-            peak = torch.cuda.max_memory_allocated() / 2**30 - weights if cuda else _rss()["peak"] - before - weights
-            answer = {"above_gib": peak, "model_gib": weights}
+            peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else status("VmHWM") / 2**30 - before
+            answer = {"above_gib": peak - weights, "model_gib": weights}
         out.write(json.dumps(answer) + "\n")
         out.flush()
 

@@ -163,7 +163,7 @@ def _peak_flops(cfg: Trainer) -> float:
 
 def _lines(case: Case, found: Mapping[str, Mapping[str, float]]) -> list[str]:
     heads = ("s/step", "cpu s", "times ours", "GiB above", "times ours", "tok/s", "of least", "loss err", "grad err")
-    shape = case.geometry
+    shape = case.shape
     rows = [
         f"\n{case.name}: {case.pairs} x ({case.chosen} + {case.rejected}) tokens, {case.share:.0%} sampled, vocabulary "
         f"{shape.vocab:,}, {shape.layers} layers of {shape.hidden}",

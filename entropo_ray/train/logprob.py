@@ -108,7 +108,7 @@ class _Score(torch.autograd.Function):
         hidden, weight, target, bias, total, entropy = ctx.saved_tensors
         head: Head = ctx.head
         d_logp, d_entropy, _ = upstream
-        through_entropy = bool(d_entropy.any())
+        through_entropy = d_entropy if bool(d_entropy.any()) else None
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -122,7 +122,8 @@ class _Score(torch.autograd.Function):
             for rows in _slices(len(target), tall):
                 slope = _logits(hidden[rows], weight, bias, head.softcap, columns)
                 bend = None if head.softcap is None else 1 - (slope / head.softcap) ** 2
-                slope = _slope(slope, total[rows], entropy[rows], d_logp[rows], d_entropy[rows] * through_entropy)
+                bent = None if through_entropy is None else through_entropy[rows]
+                slope = _slope(slope, total[rows], entropy[rows], d_logp[rows], bent)
                 _put(slope, target[rows] - (start + columns.start), d_logp[rows])
                 if bend is not None:
                     slope *= bend
@@ -255,10 +256,10 @@ def _others(anchor: Anchor, rows: slice, columns: slice) -> Tensor:
     return _logits(anchor.hidden[rows], anchor.weight, anchor.bias, anchor.softcap, columns)
 
 
-def _slope(logits: Tensor, total: Tensor, entropy: Tensor, d_logp: Tensor, d_entropy: Tensor) -> Tensor:
+def _slope(logits: Tensor, total: Tensor, entropy: Tensor, d_logp: Tensor, d_entropy: Tensor | None) -> Tensor:
     """The gradient that reaches the logits by way of p; overwrites them."""
     log_p = logits.sub_(total[:, None])
-    if not bool(d_entropy.any()):
+    if d_entropy is None:
         return log_p.exp_().mul_(-d_logp[:, None])
     p = log_p.exp()
     return -p * (d_logp[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))
