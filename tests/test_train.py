@@ -285,30 +285,42 @@ def test_a_driver_killed_in_the_update_leaves_no_product_and_keeps_the_reference
     assert {path: path.stat().st_mtime_ns for path in out.reference.glob("*.parquet")} == scored
 
 
-def test_a_lost_rank_resumes_from_the_last_checkpoint(cluster, base, tmp_path):
+def test_an_update_whose_rank_is_killed_resumes_and_ends_with_the_weights_of_an_undisturbed_one(
+    cluster, base, tmp_path
+):
+    """Two workers of Ray Train; bit for bit, and no more than the steps since the last checkpoint are done again."""
     import threading
 
     from entropo_ray.train.fit import fit
 
+    cfg = config.Train(
+        **FIT | {"epochs": 6, "checkpoint_steps": 2, "workers": 2, "worker_threads": 1, "zero_stage": 2}, entropy=0.0
+    )
+    undisturbed = round_at(tmp_path / "undisturbed")
+    fit(base, base, undisturbed, cfg, seed=0, to=undisturbed.policy)
     out = round_at(tmp_path / "run")
-    cfg = config.Train(**FIT | {"epochs": 6, "checkpoint_steps": 2, "workers": 1}, entropy=0.0)
-    killed = []
+    seen = []
 
     def kill():
         deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and not killed:
-            if len(lines := lines_under(tmp_path)) >= 3:
-                pid = json.loads(lines[-1])["pid"]
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+        while time.monotonic() < deadline and not seen:
+            if len(lines := lines_under(tmp_path / "run")) >= 5:
+                os.kill(json.loads(lines[-1])["pid"], signal.SIGKILL)
+                seen.extend(lines)
             time.sleep(0.02)
 
     thread = threading.Thread(target=kill)
     thread.start()
     fit(base, base, out, cfg, seed=0, to=out.policy)
     thread.join()
-    assert killed
-    assert [step["step"] for step in steps_of(out.policy)] == list(range(12))
+    steps = steps_of(out.policy)
+    assert [step["step"] for step in steps] == list(range(12))
+    assert [step["loss"] for step in steps] == [step["loss"] for step in steps_of(undisturbed.policy)]
+    pids = [step["pid"] for step in steps]
+    assert len(set(pids)) == 2
+    assert pids.index(pids[-1]) >= len(seen) - 2
+    weights = [(one.policy / "model.safetensors").read_bytes() for one in (undisturbed, out)]
+    assert weights[0] == weights[1]
 
 
 def test_what_cannot_be_learnt_from_is_refused_before_any_machine_is_asked(base, tmp_path):

@@ -21,6 +21,7 @@ from entropo_ray.train.step import Job
 from entropo_ray.train.update import apart, imitation, preferred, publish
 
 _RESTARTS = 3
+_TAKEN_S = 600.0  # for a checkpoint, to be known to the controller
 # glibc gives blocks of this size back to the kernel and faults them in again for every tensor of a step; a CPU rank
 # that keeps them read 13 % more tokens a second (0.98M parameters, packs of 8 rows)
 _KEEP_MEMORY = {
@@ -102,3 +103,4 @@ class Reported:
             save(Path(folder))
             name = f"step_{step:06d}"
             ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+            ray.train.get_all_reported_checkpoints(timeout_s=_TAKEN_S)  # until it is taken: else steps pass unkept

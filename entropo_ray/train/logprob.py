@@ -30,7 +30,7 @@ from entropo_ray.train.parallel import Parallel, Part
 
 # fp32 logits held at once, by kind of device: 256 MiB keep a GPU busy, 4 MiB stay near a CPU core
 _TILE_FLOATS = {"cuda": 1 << 26, "cpu": 1 << 20}
-_TILE_ROWS = {"cuda": 4096, "cpu": 1024}  # of a vocabulary that does not fit in a tile
+_TILE_ROWS = {"cuda": 4096, "cpu": 512}  # of a vocabulary that does not fit in a tile
 _LEAST_ROWS = 64  # of a whole vocabulary; fewer would read the weights too often
 _EVEN = 16  # a CPU's matrix product of fewer rows sums in another order; rows are filled up to a multiple
 
