@@ -1,6 +1,5 @@
 """Updates without Ray: one process or torchrun, on gloo; and what must not change a loss."""
 
-import itertools
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import pytest
 from test_train import SHAPE, trajectory
 
 from entropo_ray import store
-from entropo_ray.records import Pair, Trajectory
+from entropo_ray.records import Label, Pair, Trajectory
 
 ROOT = Path(__file__).parents[1]
 TASKS, SAMPLES, PROMPT = 4, 4, 24
@@ -44,16 +43,60 @@ def attempt(task, sample):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A policy, and a round with three pairs a task."""
+    """Policies, and rounds: three pairs a task, the same attempts as labels, and one pair of long trajectories."""
     from entropo_ray.train.initial import start
 
     home = tmp_path_factory.mktemp("alone")
     start(["def add(a, b):\n    return a + b\n" * 20], SHAPE, seed=3, to=home / "base")
-    out = store.round_of(home / "run", 0)
-    store.write(out.trajectories, Trajectory, [attempt(t, s) for t in range(TASKS) for s in range(SAMPLES)])
+    sparse_and_wide(home)
+    attempts = [attempt(t, s) for t in range(TASKS) for s in range(SAMPLES)]
+    for name in ("run", "labels"):
+        store.write(store.round_of(home / name, 0).trajectories, Trajectory, attempts)
     pairs = [Pair(task_id=f"task-{t}", chosen=s, rejected=s + 1) for t in range(TASKS) for s in range(SAMPLES - 1)]
-    store.write(out.preferences, Pair, pairs)
+    store.write(store.round_of(home / "run", 0).preferences, Pair, pairs)
+    labels = [Label(task_id=one.task_id, sample=one.sample, desirable=one.sample % 2 == 0) for one in attempts]
+    store.write(store.round_of(home / "labels", 0).preferences, Label, labels)
+    for name, last in (("long", 7), ("other", 8)):
+        out = store.round_of(home / name, 0)
+        store.write(out.trajectories, Trajectory, [long_attempt(sample, last) for sample in range(len(LONG))])
+        store.write(out.preferences, Pair, [Pair(task_id="task-0", chosen=0, rejected=1)])
     return home
+
+
+def sparse_and_wide(home):
+    """A mixture of experts, and a policy of 151,936 words, with the tokenizer of `base`."""
+    import shutil
+
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sparse = Qwen3MoeConfig(
+        vocab_size=SHAPE.vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, moe_intermediate_size=16, num_experts=32, num_experts_per_tok=1, tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    wide = Qwen3Config(
+        vocab_size=151_936, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, intermediate_size=128, tie_word_embeddings=True, max_position_embeddings=1 << 16,
+    )  # fmt: skip
+    for name, model in (("sparse", Qwen3MoeForCausalLM(sparse)), ("wide", Qwen3ForCausalLM(wide))):
+        shutil.copytree(home / "base", home / name)
+        (home / name / "model.safetensors").unlink()
+        model.save_pretrained(home / name)
+
+
+LONG = (32_768, 8_192)  # tokens
+
+
+def long_attempt(sample, last):
+    """One token in ten behind the first 4,096 is sampled; the last one is `last`, and is sampled, too."""
+    rng, length = random.Random(sample), LONG[sample]
+    ids = [rng.randrange(151_936) for _ in range(length)]
+    mask = [n >= 4096 and n % 40 < 4 for n in range(length)]
+    ids[-1], mask[-1] = last, True
+    found = replace(attempt(0, sample), token_ids=tuple(ids), action_mask=tuple(mask))
+    return replace(found, behaviour_logp=(0.0,) * length)
 
 
 PROGRAM = """
@@ -99,39 +142,83 @@ def trace(product):
     return [json.loads(line) for line in (product / "steps.jsonl").read_text().splitlines()]
 
 
-def test_a_loss_trace_does_not_depend_on_packing_sharing_accumulation_stage_or_workers(home):
-    """Twenty steps in fp32. One process for all settings of one rank, one torchrun for all of two."""
-    one = run(
+TRACES_ONE = {
+    "1x8": {"micro_batch": 1, "share_prefix": False},
+    "8x1": {"micro_batch": 8, "share_prefix": False, "zero_stage": 0},
+    "8x1-shared": {"micro_batch": 8, "share_prefix": True},
+    "by-tokens": {"pack_tokens": 300, "share_prefix": True},
+    "zero-2": {"micro_batch": 2, "zero_stage": 2},
+    "zero-3": {"micro_batch": 2, "zero_stage": 3},
+    "checkpointing": {"micro_batch": 2, "checkpointing": True},
+    "offload": {"micro_batch": 2, "zero_stage": 2, "offload": True},
+    "kept-attention": {"micro_batch": 2, "checkpointing": True, "keep_attention": True},
+    "tiled": {"micro_batch": 4, "mlp_tokens": 50, "logits": 1, "checkpointing": True},
+}
+TRACES_TWO = {
+    "two-zero-1": {"micro_batch": 4, "share_prefix": False},
+    "two-zero-2": {"pack_tokens": 300, "zero_stage": 2},
+    "two-zero-3": {"micro_batch": 1, "zero_stage": 3},
+    "sequence-zero-2": {"sequence_parallel": 2, "micro_batch": 4, "zero_stage": 2},
+    "sequence-zero-3": {"sequence_parallel": 2, "pack_tokens": 300, "zero_stage": 3, "checkpointing": True},
+}
+KTO = {"run": "labels", "loss": "kto", "z0": "exact", "entropy": 0.02, "steps": 6, "micro_batch": 2}
+ADAPTERS = {"lora_rank": 4, "lora_targets": ["q_proj", "down_proj"], "lr": 5e-3}
+LORA = {**ADAPTERS, "steps": 4, "micro_batch": 4}
+SPARSE = {"base": "sparse", "steps": 3, "micro_batch": 1, "lr": 3e-4}  # Adam makes steps of roundings near 0
+WIDE = {"base": "wide", "steps": 1, "batch": 1, "max_tokens": 32_768, "checkpointing": True, "worker_threads": 0}
+BF16 = {"precision": "bf16", "steps": 4, "lr": 1e-5}
+KILLED = {"micro_batch": 2, "zero_stage": 2, "checkpoint_steps": 4, "steps": 12}
+STALE = {"micro_batch": 8, "steps": 6, "checkpoint_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def one(home):
+    """Fits by name, all in one process: most of the time of a start goes into imports."""
+    return run(
         home,
         {
-            "1x8": {"micro_batch": 1, "share_prefix": False},
-            "8x1": {"micro_batch": 8, "share_prefix": False, "zero_stage": 0},
-            "8x1-shared": {"micro_batch": 8, "share_prefix": True},
-            "by-tokens": {"pack_tokens": 300, "share_prefix": True},
-            "zero-2": {"micro_batch": 2, "zero_stage": 2},
-            "zero-3": {"micro_batch": 2, "zero_stage": 3},
-            "checkpointing": {"micro_batch": 2, "checkpointing": True},
-            "offload": {"micro_batch": 2, "zero_stage": 2, "offload": True},
-            "kept-attention": {"micro_batch": 2, "checkpointing": True, "keep_attention": True},
-            "tiled": {"micro_batch": 4, "mlp_tokens": 50, "logits": 1, "checkpointing": True},
+            **TRACES_ONE,
+            "lora": LORA,
+            "sparse-one": SPARSE,
+            "once": STALE,
+            "bf16-alone": {**BF16, "micro_batch": 1, "share_prefix": False, "zero_stage": 1},
+            "bf16-shared": {**BF16, "micro_batch": 8, "zero_stage": 2},
+            "bf16-tokens": {**BF16, "pack_tokens": 300, "zero_stage": 3},
+            "exact": KTO,
+            "swapped": {**KTO, "z0": "kto"},
+            "lora-exact": {**KTO, **ADAPTERS},
+            "long-fit": {**WIDE, "run": "long"},
+            "other-fit": {**WIDE, "run": "other"},
         },
     )
-    two = run(
+
+
+@pytest.fixture(scope="module")
+def two(home):
+    """Fits by name, in one torchrun of two ranks."""
+    return run(
         home,
         {
-            "two-zero-1": {"micro_batch": 4, "share_prefix": False},
-            "two-zero-2": {"pack_tokens": 300, "zero_stage": 2},
-            "two-zero-3": {"micro_batch": 1, "zero_stage": 3},
-            "sequence-zero-2": {"sequence_parallel": 2, "micro_batch": 4, "zero_stage": 2},
-            "sequence-zero-3": {"sequence_parallel": 2, "pack_tokens": 300, "zero_stage": 3, "checkpointing": True},
+            **TRACES_TWO,
+            "undisturbed": KILLED,
+            "lora-two": {**LORA, "zero_stage": 3},
+            "sparse-two": {**SPARSE, "zero_stage": 3},
+            "exact-two": {**KTO, "zero_stage": 3},
+            "exact-sequence": {**KTO, "sequence_parallel": 2},
+            "swapped-sequence": {**KTO, "z0": "kto", "sequence_parallel": 2},
+            "lora-exact-two": {**KTO, **ADAPTERS, "zero_stage": 3},
         },
         ranks=2,
     )
+
+
+def test_a_loss_trace_does_not_depend_on_packing_sharing_accumulation_stage_or_workers(one, two):
+    """Twenty steps in fp32."""
     first = one["1x8"]
     assert len(first) == 20
     assert first[0]["loss"] == math.log(2)
     assert first[-1]["loss"] < 0.6
-    for name, found in itertools.chain(one.items(), two.items()):
+    for name, found in [*((name, one[name]) for name in TRACES_ONE), *((name, two[name]) for name in TRACES_TWO)]:
         # odd stretches of an MLP are matrix products of odd shapes, whose last bits a CPU does not promise
         assert found[0]["loss"] == (pytest.approx(math.log(2), abs=1e-8) if name == "tiled" else math.log(2)), name
         for step, (mine, truth) in enumerate(zip(found, first, strict=True)):
@@ -139,12 +226,26 @@ def test_a_loss_trace_does_not_depend_on_packing_sharing_accumulation_stage_or_w
                 assert mine[measure] == pytest.approx(truth[measure], abs=1e-5, rel=1e-5), (name, step, measure)
 
 
-def test_an_update_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(home):
-    """Bit for bit; steps since the last checkpoint are done again, and no others."""
-    settings = {"micro_batch": 2, "zero_stage": 2, "checkpoint_steps": 4, "steps": 12}
-    run(home, {"undisturbed": settings}, ranks=2)
+def test_labels_have_the_same_losses_and_reference_points_on_ranks_that_share_packs_or_weights(one, two):
+    for alone, shared in (("exact", "exact-two"), ("exact", "exact-sequence"), ("swapped", "swapped-sequence")):
+        for mine, truth in zip(two[shared], one[alone], strict=True):
+            for measure in ("loss", "z0", "entropy"):
+                assert mine[measure] == pytest.approx(truth[measure], abs=1e-5), (shared, truth["step"], measure)
+    assert one["exact"][-1]["z0"] != pytest.approx(one["swapped"][-1]["z0"], abs=1e-3)
 
-    started = run(home, {"disturbed": settings}, ranks=2, restarts=1, wait=False)
+
+def test_with_adapters_the_reference_of_an_exact_reference_point_is_the_model_without_them(one, two):
+    """Its KL is 0 at the first step and grows; ZeRO-3 gathers the same weights for both views."""
+    for mine, truth in zip(two["lora-exact-two"], one["lora-exact"], strict=True):
+        assert mine["loss"] == pytest.approx(truth["loss"], abs=1e-5)
+        assert mine["z0"] == pytest.approx(truth["z0"], abs=1e-5)
+    assert one["lora-exact"][0]["loss"] == pytest.approx(one["exact"][0]["loss"], abs=1e-6)
+    assert one["lora-exact"][-1]["loss"] != pytest.approx(one["exact"][-1]["loss"], abs=1e-4)
+
+
+def test_an_update_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(home, two):
+    """Bit for bit; steps since the last checkpoint are done again, and no others."""
+    started = run(home, {"disturbed": KILLED}, ranks=2, restarts=1, wait=False)
     log = home / ".disturbed.alone.partial" / "steps.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.read_text().count("\n") >= 6):
@@ -156,9 +257,9 @@ def test_an_update_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_
     _, errors = started.communicate(timeout=180)
     assert started.returncode == 0, errors[-6000:]
 
-    one, other = trace(home / "undisturbed"), trace(home / "disturbed")
+    other = trace(home / "disturbed")
     assert [step["step"] for step in other] == list(range(12))
-    assert [step["loss"] for step in other] == [step["loss"] for step in one]
+    assert [step["loss"] for step in other] == [step["loss"] for step in two["undisturbed"]]
     pids = [step["pid"] for step in other]
     assert len(set(pids)) == 2
     assert pids.index(pids[-1]) % 4 == 0  # it went on from a checkpoint, at most an interval back
@@ -182,17 +283,15 @@ def weights_of(product):
     return load_file(product / "model.safetensors")
 
 
-def test_adapters_are_trained_alone_merged_and_lie_beside_the_weights(home):
+def test_adapters_are_trained_alone_merged_and_lie_beside_the_weights(home, one, two):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    words = {"lora_rank": 4, "steps": 4, "micro_batch": 4, "lr": 1e-2, "lora_targets": ["q_proj", "down_proj"]}
-    one = run(home, {"lora": words})["lora"]
-    two = run(home, {"lora-two": {**words, "zero_stage": 3}}, ranks=2)["lora-two"]
-    assert one[0]["loss"] == two[0]["loss"] == math.log(2)
-    assert one[-1]["loss"] < math.log(2) - 1e-3
-    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
+    losses = [step["loss"] for step in one["lora"]]
+    assert losses[0] == two["lora-two"][0]["loss"] == math.log(2)
+    assert losses[-1] < math.log(2) - 1e-3
+    assert [step["loss"] for step in two["lora-two"]] == pytest.approx(losses, abs=1e-5)
 
     before, after = weights_of(home / "base"), weights_of(home / "lora")
     assert before.keys() == after.keys()
@@ -221,10 +320,9 @@ def test_adapters_that_would_miss_the_experts_of_a_mixture_are_refused():
     assert all(isinstance(layer.base_layer, torch.nn.Linear) for layer in lora.layers(model).values())
 
 
-def test_a_start_with_other_settings_does_not_go_on_from_the_checkpoints_of_the_first(home):
+def test_a_start_with_other_settings_does_not_go_on_from_the_checkpoints_of_the_first(home, one):
     """Their directory says whose it is."""
-    words = {"micro_batch": 8, "steps": 6, "checkpoint_steps": 2}
-    started = run(home, {"twice": {**words, "steps": 400}}, wait=False)
+    started = run(home, {"twice": {**STALE, "steps": 400}}, wait=False)
     latest = home / ".twice.alone.partial" / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
     while not latest.is_file():
@@ -233,8 +331,8 @@ def test_a_start_with_other_settings_does_not_go_on_from_the_checkpoints_of_the_
         time.sleep(0.02)
     started.kill()
     started.communicate(timeout=30)
-    found = run(home, {"twice": words, "once": words})
-    assert [step["loss"] for step in found["twice"]] == [step["loss"] for step in found["once"]]
+    found = run(home, {"twice": STALE})
+    assert [step["loss"] for step in found["twice"]] == [step["loss"] for step in one["once"]]
     assert sorted(p.name for p in (home / "twice").iterdir()) == sorted(p.name for p in (home / "once").iterdir())
     assert not list(home.glob(".twice.*"))
 
@@ -246,80 +344,29 @@ def test_an_adapter_for_a_layer_that_is_not_there_is_refused(home):
     assert started.returncode != 0
 
 
-def test_a_mixture_of_experts_has_the_same_losses_on_two_ranks_under_zero_3(home):
+def test_a_mixture_of_experts_has_the_same_losses_on_two_ranks_under_zero_3(one, two):
     """Tokens of the two go to different experts."""
-    import shutil
-
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    shape = Qwen3MoeConfig(
-        vocab_size=SHAPE.vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, moe_intermediate_size=16, num_experts=32, num_experts_per_tok=1, tie_word_embeddings=True,
-        initializer_range=0.3,
-    )  # fmt: skip
-    shutil.copytree(home / "base", home / "sparse")
-    (home / "sparse" / "model.safetensors").unlink()
-    Qwen3MoeForCausalLM(shape).save_pretrained(home / "sparse")
-    words = {"base": "sparse", "steps": 4, "micro_batch": 1}
-    one = run(home, {"sparse-one": words})["sparse-one"]
-    two = run(home, {"sparse-two": {**words, "zero_stage": 3}}, ranks=2)["sparse-two"]
-    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
-    for step in two:
+    losses = [step["loss"] for step in one["sparse-one"]]
+    assert [step["loss"] for step in two["sparse-two"]] == pytest.approx(losses, abs=1e-5)
+    for step in two["sparse-two"]:
         assert 0 < step["expert_entropy"] < 1
         assert step["expert_load_max"] > 1
         assert step["experts_idle"] >= 0
 
 
-def test_a_long_trajectory_over_a_large_vocabulary_fits_and_its_last_token_counts(home):
-    """32,768 and 20,000 tokens over 151,936 words: all logits of the longer one alone would be 18.6 GiB."""
-    import shutil
-
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    shape = Qwen3Config(
-        vocab_size=151_936, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, intermediate_size=128, tie_word_embeddings=True, max_position_embeddings=1 << 16,
-    )  # fmt: skip
-    shutil.copytree(home / "base", home / "wide")
-    (home / "wide" / "model.safetensors").unlink()
-    Qwen3ForCausalLM(shape).save_pretrained(home / "wide")
-    said = {}
-    for name, last in (("long", 7), ("other", 8)):
-        out = store.round_of(home / name, 0)
-        rows = []
-        for sample, length in enumerate((32_768, 20_000)):
-            rng = random.Random(sample)
-            ids = [rng.randrange(151_936) for _ in range(length)]
-            mask = [n >= 4096 and n % 40 < 8 for n in range(length)]
-            ids[-1], mask[-1] = last, True
-            said[sample] = sum(mask)
-            found = replace(attempt(0, sample), token_ids=tuple(ids), action_mask=tuple(mask))
-            rows.append(replace(found, behaviour_logp=(0.0,) * length))
-        store.write(out.trajectories, Trajectory, rows)
-        store.write(out.preferences, Pair, [Pair(task_id="task-0", chosen=0, rejected=1)])
-    words = {"base": "wide", "steps": 1, "batch": 1, "max_tokens": 32_768, "checkpointing": True}
-    found = run(home, {"long-fit": {**words, "run": "long"}, "other-fit": {**words, "run": "other"}})
-    for (step,) in found.values():
+def test_a_long_trajectory_over_a_large_vocabulary_fits_and_its_last_token_counts(one):
+    """32,768 and 8,192 tokens over 151,936 words: all logits of the longer one alone would be 18.6 GiB."""
+    said = sum(sum(long_attempt(sample, 7).action_mask) for sample in range(len(LONG)))
+    for (step,) in (one["long-fit"], one["other-fit"]):
         assert step["loss"] == math.log(2)
-        assert step["action_tokens"] == said[0] + said[1]
+        assert step["action_tokens"] == said
         assert step["peak_gib"] < 6
-    (one,), (other,) = found.values()
-    assert abs(one["logp_chosen"] - other["logp_chosen"]) > 1e-3
+    assert abs(one["long-fit"][0]["logp_chosen"] - one["other-fit"][0]["logp_chosen"]) > 1e-3
 
 
-def test_in_bf16_a_policy_that_equals_its_reference_still_starts_at_exactly_ln_2(home):
+def test_in_bf16_a_policy_that_equals_its_reference_still_starts_at_exactly_ln_2(one):
     """Whatever the packs: a trajectory has the same bits in all of them. Masters are fp32, so small steps count."""
-    words = {"precision": "bf16", "steps": 4, "lr": 1e-5}
-    settings = {
-        "bf16-alone": {"micro_batch": 1, "share_prefix": False, "zero_stage": 1},
-        "bf16-shared": {"micro_batch": 8, "zero_stage": 2},
-        "bf16-tokens": {"pack_tokens": 300, "zero_stage": 3},
-    }
-    found = run(home, {name: {**words, **more} for name, more in settings.items()})
-    assert [steps[0]["loss"] for steps in found.values()] == [math.log(2)] * 3
-    for steps in found.values():
+    found = [one[name] for name in ("bf16-alone", "bf16-shared", "bf16-tokens")]
+    assert [steps[0]["loss"] for steps in found] == [math.log(2)] * 3
+    for steps in found:
         assert len({step["loss"] for step in steps}) == 4
