@@ -128,7 +128,11 @@ class Fit:
     worker_gpus: int = 1  # 0: gloo on CPU
     worker_threads: int = 0  # torch threads of a CPU worker; 0: cores / workers
     zero_stage: Literal[0, 1, 2, 3] = 3
-    offload: bool = False
+    offload: bool = False  # optimizer states in host memory
+    nvme_dir: str = ""  # with offload and zero_stage=3: or in files there, on a disk of each node
+    deterministic: bool = (
+        False  # the same bits each time on a GPU, too; slower, and an error where there is no such kernel
+    )
     checkpoint_steps: int = 0  # steps between in-stage checkpoints; 0: none
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpointing: bool = False  # recompute activations in the backward pass
@@ -295,6 +299,7 @@ MAY_CHANGE = (
     "train.pack_tokens",
     "train.share_prefix",
     "train.offload",
+    "train.nvme_dir",
     "train.checkpoint_steps",
     "sft.workers",
     "sft.worker_threads",
@@ -430,6 +435,10 @@ def _fitting(name: str, fit: Fit) -> list[tuple[bool, str]]:
         (
             fit.checkpointing or not (fit.keep_attention or fit.host_activations),
             f"{name}.keep_attention, {name}.host_activations: belong to {name}.checkpointing=true",
+        ),
+        (
+            not fit.nvme_dir or (fit.offload and fit.zero_stage == 3),
+            f"{name}.nvme_dir={fit.nvme_dir}: needs {name}.offload=true and {name}.zero_stage=3",
         ),
         (fit.mlp_tokens >= 0, f"{name}.mlp_tokens={fit.mlp_tokens}: must not be negative"),
         (fit.logits >= 0, f"{name}.logits={fit.logits}: must not be negative"),

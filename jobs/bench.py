@@ -2,8 +2,9 @@
 
     python jobs/bench.py trainer [key=value ...]    a step of ours beside TRL's DPOTrainer and KTOTrainer
     python jobs/bench.py logprob [key=value ...]    the head alone, by length: tiles and full logits
+    python jobs/bench.py ranks [key=value ...]      an update over ranks and ZeRO stages: time, memory, expected memory
 
-Keys: those of the classes Trainer (entropo_ray/bench/trainer.py) and Logprob (entropo_ray/bench/head.py).
+Keys: those of the classes Trainer, Logprob and Ranks (trainer.py, head.py and ranks.py in entropo_ray/bench).
 """
 
 import json
@@ -12,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from entropo_ray import config
-from entropo_ray.bench import head, trainer
+from entropo_ray.bench import head, ranks, trainer
 
 WHAT: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]]]] = {
     "trainer": (trainer.Trainer, trainer.run),
     "logprob": (head.Logprob, head.run),
+    "ranks": (ranks.Ranks, ranks.run),
 }
 
 

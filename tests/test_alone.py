@@ -152,6 +152,7 @@ TRACES_ONE = {
     "checkpointing": {"micro_batch": 2, "checkpointing": True},
     "offload": {"micro_batch": 2, "zero_stage": 2, "offload": True},
     "kept-attention": {"micro_batch": 2, "checkpointing": True, "keep_attention": True},
+    "deterministic": {"micro_batch": 8, "share_prefix": True, "deterministic": True, "steps": 20},
     "tiled": {"micro_batch": 4, "mlp_tokens": 50, "logits": 1, "checkpointing": True},
 }
 TRACES_TWO = {
@@ -370,3 +371,16 @@ def test_in_bf16_a_policy_that_equals_its_reference_still_starts_at_exactly_ln_2
     assert [steps[0]["loss"] for steps in found] == [math.log(2)] * 3
     for steps in found:
         assert len({step["loss"] for step in steps}) == 4
+
+
+def test_optimizer_states_on_a_disk_change_no_loss(home, one, tmp_path):
+    """Through DeepSpeed's async_io, which a machine compiles once (minutes)."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    if not list(Path(get_default_build_root()).glob("*/async_io/async_io.so")):
+        pytest.skip(
+            "DeepSpeed's async_io is not compiled here: apt-get install libaio-dev, then fit once with nvme_dir"
+        )
+    words = {"micro_batch": 2, "zero_stage": 3, "offload": True, "nvme_dir": str(tmp_path), "checkpoint_steps": 5}
+    for mine, truth in zip(run(home, {"disk": words})["disk"], one["zero-3"], strict=True):
+        assert mine["loss"] == pytest.approx(truth["loss"], abs=1e-5)

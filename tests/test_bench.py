@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entropo_ray.bench import head, trainer
+from entropo_ray.bench import head, ranks, trainer
 from entropo_ray.bench.cases import Case, body, least_flops
 from entropo_ray.bench.systems import SYSTEMS, Settings, read, rows_of
 from entropo_ray.train.size import Shape
@@ -87,3 +87,13 @@ def test_wrong_words_get_one_line(words, complaint):
     assert done.returncode == 1
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ranks_are_timed_and_their_memory_stands_beside_what_is_expected(capsys):
+    small = {"layers": 1, "hidden": 64, "vocab": 97, "pairs": 2, "tokens": 64, "steps": 1}
+    found = ranks.run(ranks.Ranks(ranks=[1], stages=[2], device="cpu", **small))["1 x ZeRO-2"]
+    assert found["speed_up"] == 1
+    assert found["tokens_per_s"] == pytest.approx(2 * (64 + 48) / found["seconds"])
+    assert 0 <= found["gib"] < 1
+    assert found["expected_gib"] == ranks.expected(ranks.Ranks(device="cpu", **small), 1, 2)["all"]
+    assert "1 x ZeRO-2" in capsys.readouterr().out

@@ -77,6 +77,7 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_file(tmp_path):
         ("rollout.temperature=0", "rollout.temperature=0"),
         ("train.beta=-1", "train.beta=-1"),
         ("train.lr=0", "train.lr=0"),
+        ("train.nvme_dir=/disk", "train.nvme_dir=/disk: needs train.offload=true and train.zero_stage=3"),
         ("train.smoothing=0.5", "train.smoothing=0.5"),
         ("train.batch=31 train.workers=2", "train.batch=31: must be a multiple of workers x micro_batch = 2"),
         ("sft.workers=0", "sft.workers=0: must be at least 1"),

@@ -50,6 +50,10 @@ def test_a_shape_counts_the_weights_of_the_model():
 def test_states_are_divided_as_the_stage_says():
     whole = memory_gib(QWEN3_06, Layout(ranks=8, zero_stage=0), 1, 1)
     assert whole["optimizer"] == pytest.approx(12 * QWEN3_06.weights / 2**30)
+    assert whole["buckets"] == pytest.approx(2 * 5e8 / 2**30)  # DeepSpeed's own bound, as the model has more weights
+    alone = memory_gib(QWEN3_06, Layout(zero_stage=0, bytes=4), 1, 1)
+    assert alone["buckets"] == 0
+    assert alone["optimizer"] == pytest.approx(8 * QWEN3_06.weights / 2**30)
     for stage, divided in ((1, {"optimizer"}), (2, {"optimizer", "gradients"})):
         found = memory_gib(QWEN3_06, Layout(ranks=8, zero_stage=stage), 1, 1)
         for name in ("weights", "gradients", "optimizer"):

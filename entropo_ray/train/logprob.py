@@ -268,7 +268,8 @@ def _slope(logits: Tensor, total: Tensor, entropy: Tensor, d_logp: Tensor, d_ent
 def _put(slope: Tensor, target: Tensor, d_logp: Tensor) -> None:
     """Add [v = y] d_logp, where these columns hold y."""
     inside = (target >= 0) & (target < slope.shape[1])
-    slope.scatter_add_(1, target.clamp(0, slope.shape[1] - 1)[:, None], (d_logp * inside)[:, None])
+    where = target.clamp(0, slope.shape[1] - 1)[:, None]
+    slope.scatter_(1, where, slope.gather(1, where) + (d_logp * inside)[:, None])  # one a row: no order, unlike adding
 
 
 def score(

@@ -1,7 +1,7 @@
 """What an update needs: floating-point operations of a step, and memory of a rank. Arithmetic, no tensors.
 
 The operations are those of the algorithm as it is computed here (recomputation included); memory counts what grows with
-the model or the trajectory, and has not been held against measurements yet.
+the model or the trajectory. `jobs/bench.py ranks` holds it against measurements.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 Kept = Literal["all", "attention", "nothing"]  # of the activations: no recomputation, attention's outputs, layer inputs
 _GIB = 2**30
+_BUCKET = 500_000_000  # weights whose gradients DeepSpeed reduces at once
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,14 @@ class Layout:
 def memory_gib(shape: Shape, layout: Layout, tokens: int, actions: int) -> dict[str, float]:
     """Peak of a rank in GiB, by what it is for, with a pack of so many tokens and action tokens.
 
-    States: weights and gradients in their own width, and 12 bytes a trained weight of fp32 master and moments (8 where
-    the weights are fp32 themselves), divided as the ZeRO stage says.
+    States: weights and gradients in their own width, and 12 bytes a trained weight of fp32 master and moments, divided
+    as the ZeRO stage says (8 at stage 0 in fp32: from stage 1 on DeepSpeed keeps a master even then). Gradients meet in
+    a flat buffer of their own.
     """
     trained = layout.lora_weights or shape.weights
     width, ranks = layout.bytes, layout.ranks
-    optimizer = trained * (12 if width == 2 else 8) / (ranks if layout.zero_stage >= 1 else 1)
+    optimizer = trained * (12 if width == 2 or layout.zero_stage else 8) / (ranks if layout.zero_stage >= 1 else 1)
+    meeting = width * min(trained, _BUCKET) if ranks > 1 or layout.zero_stage >= 2 else 0
     gradients = trained * width / (ranks if layout.zero_stage >= 2 else 1)
     weights = (shape.weights + layout.lora_weights) * width / (ranks if layout.zero_stage == 3 else 1)
     if layout.zero_stage == 3:
@@ -137,6 +140,7 @@ def memory_gib(shape: Shape, layout: Layout, tokens: int, actions: int) -> dict[
     found = {
         "weights": weights,
         "gradients": gradients,
+        "buckets": meeting,
         "optimizer": 0.0 if layout.offload else optimizer,
         "activations": activations,
         "head": head,

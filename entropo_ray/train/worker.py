@@ -56,6 +56,10 @@ class Fitting:
         self.readers = self.ranks // self.cfg.sequence_parallel  # groups of ranks, each with packs of its own
         self.reader = self.rank // self.cfg.sequence_parallel
         torch.manual_seed(job.seed)
+        if self.cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(self.cfg.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
         self.model = load(job.policy, self.cfg)
         if self.cfg.lora_rank:
             lora.inject(self.model, self.cfg)
@@ -291,8 +295,19 @@ class Fitting:
         return step
 
 
+def _offload(cfg: config.Fit) -> dict[str, Any]:
+    """Where ZeRO keeps the optimizer's states, if not beside the weights.
+
+    On a disk they go through DeepSpeed's async_io, which needs libaio's headers and is compiled at the first start.
+    """
+    if not cfg.offload:
+        return {}
+    if not cfg.nvme_dir:
+        return {"offload_optimizer": {"device": "cpu"}}
+    return {"offload_optimizer": {"device": "nvme", "nvme_path": cfg.nvme_dir, "pin_memory": cfg.worker_gpus > 0}}
+
+
 def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
-    offload = {"offload_optimizer": {"device": "cpu"}} if cfg.offload else {}
     settings = {
         # steps differ in their number of packs, so we say where one ends; these two are not used then
         "managed_gradient_accumulation": False,
@@ -310,7 +325,7 @@ def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
         },
         "gradient_clipping": cfg.clip,
         "bf16": {"enabled": cfg.precision == "bf16"},
-        "zero_optimization": {"stage": cfg.zero_stage, **offload},
+        "zero_optimization": {"stage": cfg.zero_stage} | _offload(cfg),
         "steps_per_print": 1 << 30,
     }
     # else DeepSpeed compiles a shared-memory collective on CPU, at the first start and only where a compiler is
