@@ -56,10 +56,7 @@ class Fitting:
         self.readers = self.ranks // self.cfg.sequence_parallel  # groups of ranks, each with packs of its own
         self.reader = self.rank // self.cfg.sequence_parallel
         torch.manual_seed(job.seed)
-        if self.cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        torch.use_deterministic_algorithms(self.cfg.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+        _repeatable(self.cfg.deterministic)
         self.model = load(job.policy, self.cfg)
         if self.cfg.lora_rank:
             lora.inject(self.model, self.cfg)
@@ -293,6 +290,15 @@ class Fitting:
             lines = log.read_text().splitlines(keepends=True)[:step] if log.is_file() else []
             log.write_text("".join(lines))
         return step
+
+
+def _repeatable(wanted: bool) -> None:
+    """Whether every kernel must give the same bits each time."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted)
+    # else torch fills all fresh memory first; nothing here reads what it did not write
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _offload(cfg: config.Fit) -> dict[str, Any]:
