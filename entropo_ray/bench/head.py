@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from entropo_ray.train.logprob import score
 
 _WAIT_S = 900
+_EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # of glibc: nothing freed is kept
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,15 @@ def run(cfg: Logprob) -> dict[str, Any]:
 
 
 def _measured(name: str, tokens: int, cfg: Logprob) -> dict[str, float]:
+    """Time and memory by a process each: what is freed must go back at once to be seen, which takes time."""
+    timed = _child(name, tokens, cfg, {})
+    weighed = _child(name, tokens, replace(cfg, repeats=1), _EXACT)
+    return {"seconds": timed["seconds"], "gib": weighed["gib"]}
+
+
+def _child(name: str, tokens: int, cfg: Logprob, env: dict[str, str]) -> dict[str, float]:
     words = [sys.executable, "-m", "entropo_ray.bench.head", name, str(tokens), json.dumps(asdict(cfg))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=_WAIT_S, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=_WAIT_S, check=False, env=os.environ | env)
     if done.returncode:
         raise RuntimeError(f"{name} at {tokens} tokens ended with {done.returncode}: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
