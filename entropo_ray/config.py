@@ -440,6 +440,11 @@ def _fitting(name: str, fit: Fit) -> list[tuple[bool, str]]:
             not fit.nvme_dir or (fit.offload and fit.zero_stage == 3),
             f"{name}.nvme_dir={fit.nvme_dir}: needs {name}.offload=true and {name}.zero_stage=3",
         ),
+        (
+            not fit.nvme_dir or not fit.checkpoint_steps,
+            f"{name}.checkpoint_steps={fit.checkpoint_steps}: DeepSpeed does not bring Adam's moments back from "
+            f"{name}.nvme_dir; give {name}.checkpoint_steps=0, or no nvme_dir",
+        ),
         (fit.mlp_tokens >= 0, f"{name}.mlp_tokens={fit.mlp_tokens}: must not be negative"),
         (fit.logits >= 0, f"{name}.logits={fit.logits}: must not be negative"),
         (fit.lora_rank >= 0, f"{name}.lora_rank={fit.lora_rank}: must not be negative"),

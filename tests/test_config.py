@@ -94,6 +94,11 @@ def test_what_cannot_work_is_refused_in_one_line(word, said):
     assert said in refusal(*word.split())
 
 
+def test_checkpoints_that_could_not_be_gone_on_from_are_refused():
+    words = ("train.nvme_dir=/disk", "train.offload=true", "train.checkpoint_steps=2")
+    assert "train.checkpoint_steps=2: DeepSpeed does not bring Adam's moments back" in refusal(*words)
+
+
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n-2: {"])
 def test_a_file_that_is_not_yaml_is_named(tmp_path, text):
     file = tmp_path / "broken.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ logging.disable_progress_bar()
 
 def load(policy: Policy, cfg: config.Fit) -> Any:
     """The model of a policy in the precision that it is trained in."""
+    _repeatable(cfg.deterministic)
     dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(str(policy.path), dtype=dtype)
     if cfg.checkpointing:
@@ -36,6 +38,15 @@ def load(policy: Policy, cfg: config.Fit) -> Any:
     if cfg.mlp_tokens:
         memory.tile_mlps(model, cfg.mlp_tokens)
     return model
+
+
+def _repeatable(wanted: bool) -> None:
+    """Whether every kernel of this process must give the same bits each time."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted)
+    # else torch fills all fresh memory first; nothing here reads what it did not write
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def save(model: Any, state: Mapping[str, Tensor], policy: Policy, to: Path) -> None:

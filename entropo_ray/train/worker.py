@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -56,7 +57,6 @@ class Fitting:
         self.readers = self.ranks // self.cfg.sequence_parallel  # groups of ranks, each with packs of its own
         self.reader = self.rank // self.cfg.sequence_parallel
         torch.manual_seed(job.seed)
-        _repeatable(self.cfg.deterministic)
         self.model = load(job.policy, self.cfg)
         if self.cfg.lora_rank:
             lora.inject(self.model, self.cfg)
@@ -68,7 +68,9 @@ class Fitting:
         self.swapped: dict[Key, Row] = {}
         if job.swapped:
             self.swapped, self.swapped_reference = self._read(job.swapped, job.swapped_reference, None)
-        self.engine = _engine(Scorer(self.model, floats=self.cfg.logits, parallel=self.parallel).train(), self.cfg)
+        self.disk = _own_directory(self.cfg.nvme_dir) if self.cfg.nvme_dir else None
+        scorer = Scorer(self.model, floats=self.cfg.logits, parallel=self.parallel).train()
+        self.engine = _engine(scorer, self.cfg, self.disk.name if self.disk else None)
         self.anchor = None
         if job.anchor and self.cfg.lora_rank and job.anchor.path == job.policy.path:
             self.anchor = self.engine.module  # with its adapters off
@@ -136,6 +138,8 @@ class Fitting:
                 lora.save(self.model, state, self.cfg, self.job.policy.path, self.job.to / lora.FOLDER)
                 state = lora.merged(self.model, state)
             save(self.model, state, self.job.policy, self.job.to)
+        if self.disk:
+            self.disk.cleanup()
 
     def _step(self, number: int) -> dict[str, float]:
         step = self.steps[number]
@@ -292,28 +296,25 @@ class Fitting:
         return step
 
 
-def _repeatable(wanted: bool) -> None:
-    """Whether every kernel must give the same bits each time."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-    torch.use_deterministic_algorithms(wanted)
-    # else torch fills all fresh memory first; nothing here reads what it did not write
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+def _own_directory(home: str) -> tempfile.TemporaryDirectory[str]:
+    """DeepSpeed names its files by rank alone, so two runs on one node would share them."""
+    Path(home).mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=home, prefix="optimizer-")
 
 
-def _offload(cfg: config.Fit) -> dict[str, Any]:
-    """Where ZeRO keeps the optimizer's states, if not beside the weights.
+def _offload(cfg: config.Fit, disk: str | None) -> dict[str, Any]:
+    """Where ZeRO keeps the optimizer's states, if not beside the weights; `disk`: a directory of this rank alone.
 
     On a disk they go through DeepSpeed's async_io, which needs libaio's headers and is compiled at the first start.
     """
     if not cfg.offload:
         return {}
-    if not cfg.nvme_dir:
+    if disk is None:
         return {"offload_optimizer": {"device": "cpu"}}
-    return {"offload_optimizer": {"device": "nvme", "nvme_path": cfg.nvme_dir, "pin_memory": cfg.worker_gpus > 0}}
+    return {"offload_optimizer": {"device": "nvme", "nvme_path": disk, "pin_memory": cfg.worker_gpus > 0}}
 
 
-def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
+def _engine(module: torch.nn.Module, cfg: config.Fit, disk: str | None) -> Any:
     settings = {
         # steps differ in their number of packs, so we say where one ends; these two are not used then
         "managed_gradient_accumulation": False,
@@ -331,7 +332,7 @@ def _engine(module: torch.nn.Module, cfg: config.Fit) -> Any:
         },
         "gradient_clipping": cfg.clip,
         "bf16": {"enabled": cfg.precision == "bf16"},
-        "zero_optimization": {"stage": cfg.zero_stage} | _offload(cfg),
+        "zero_optimization": {"stage": cfg.zero_stage} | _offload(cfg, disk),
         "steps_per_print": 1 << 30,
     }
     # else DeepSpeed compiles a shared-memory collective on CPU, at the first start and only where a compiler is
