@@ -130,9 +130,7 @@ class Fit:
     zero_stage: Literal[0, 1, 2, 3] = 3
     offload: bool = False  # optimizer states in host memory
     nvme_dir: str = ""  # with offload and zero_stage=3: or in files there, on a disk of each node
-    deterministic: bool = (
-        False  # the same bits each time on a GPU, too; slower, and an error where there is no such kernel
-    )
+    deterministic: bool = False  # the same bits each time on a GPU, too; an error where there is no such kernel
     checkpoint_steps: int = 0  # steps between in-stage checkpoints; 0: none
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpointing: bool = False  # recompute activations in the backward pass

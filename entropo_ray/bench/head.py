@@ -18,7 +18,7 @@ from torch import Tensor
 
 from entropo_ray.train.logprob import score
 
-_WAIT_S = 900
+_WAIT_S = 1800
 _EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # of glibc: nothing freed is kept
 
 
@@ -66,11 +66,16 @@ def _measured(name: str, tokens: int, cfg: Logprob) -> dict[str, float]:
 
 def _child(name: str, tokens: int, cfg: Logprob, env: dict[str, str]) -> dict[str, float]:
     words = [sys.executable, "-m", "entropo_ray.bench.head", name, str(tokens), json.dumps(asdict(cfg))]
+    found: dict[str, float] = json.loads(output(words, f"{name} at {tokens} tokens", env).splitlines()[-1])
+    return found
+
+
+def output(words: list[str], what: str, env: dict[str, str]) -> str:
+    """What a process of a benchmark prints. RuntimeError, with the end of its complaint, where it fails."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=_WAIT_S, check=False, env=os.environ | env)
     if done.returncode:
-        raise RuntimeError(f"{name} at {tokens} tokens ended with {done.returncode}: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise RuntimeError(f"{what} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 def _tiles(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

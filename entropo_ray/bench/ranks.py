@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,12 +16,13 @@ import torch
 
 from entropo_ray import config, store
 from entropo_ray.bench.cases import Case
+from entropo_ray.bench.head import output
 from entropo_ray.bench.systems import Settings, model_of, rows_of
 from entropo_ray.records import Grade, Pair, Policy, Stop, Trajectory
 from entropo_ray.train import alone, size
 from entropo_ray.train.batch import Row
+from entropo_ray.train.logprob import TILE_FLOATS
 
-_WAIT_S = 1800
 _WARM = 2  # steps that are not timed
 
 
@@ -85,9 +85,7 @@ def _measured(cfg: Ranks, ranks: int, stage: int, home: Path) -> dict[str, float
     words = [sys.executable, *(["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [])]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"] if ranks > 1 else []
     words += ["-m", "entropo_ray.bench.ranks", str(home), json.dumps([asdict(cfg), ranks, stage])]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=_WAIT_S, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{ranks} ranks at stage {stage} ended with {done.returncode}: {done.stderr[-2000:]}")
+    output(words, f"{ranks} ranks at stage {stage}", {})
     tiny, found = (
         [json.loads(line) for line in (home / f"{name}-{ranks}-{stage}" / "steps.jsonl").read_text().splitlines()]
         for name in ("tiny", "full")
@@ -107,7 +105,7 @@ def expected(cfg: Ranks, ranks: int, stage: int) -> Mapping[str, float]:
     case = cfg.case
     cuda = cfg.device == "cuda"
     layout = size.Layout(
-        ranks=ranks, zero_stage=stage, bytes=2 if cuda else 4, kept="all", logits=1 << 26 if cuda else 1 << 20
+        ranks=ranks, zero_stage=stage, bytes=2 if cuda else 4, kept="all", logits=TILE_FLOATS[cfg.device]
     )
     tokens = case.chosen + case.rejected - case.prompt
     return size.memory_gib(case.shape, layout, tokens, round(case.share * (tokens - case.prompt)))

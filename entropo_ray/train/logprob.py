@@ -29,7 +29,7 @@ from entropo_ray.train.batch import Pack
 from entropo_ray.train.parallel import Parallel, Part
 
 # fp32 logits held at once, by kind of device: 256 MiB keep a GPU busy, 4 MiB stay near a CPU core
-_TILE_FLOATS = {"cuda": 1 << 26, "cpu": 1 << 20}
+TILE_FLOATS = {"cuda": 1 << 26, "cpu": 1 << 20}
 _TILE_ROWS = {"cuda": 4096, "cpu": 512}  # of a vocabulary that does not fit in a tile
 _LEAST_ROWS = 64  # of a whole vocabulary; fewer would read the weights too often
 _EVEN = 16  # a CPU's matrix product of fewer rows sums in another order; rows are filled up to a multiple
@@ -223,7 +223,7 @@ def _tile(weight: Tensor, floats: int) -> tuple[int, int]:
     Whatever the number of rows in all: other columns would be other sums, and a trajectory have other bits elsewhere.
     """
     kind, vocabulary = weight.device.type, len(weight)
-    floats = floats or _TILE_FLOATS[kind]
+    floats = floats or TILE_FLOATS[kind]
     if floats >= _LEAST_ROWS * vocabulary:
         return floats // vocabulary, vocabulary
     rows = min(_TILE_ROWS[kind], max(_LEAST_ROWS, floats // _LEAST_ROWS))
