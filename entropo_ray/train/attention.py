@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from entropo_ray.train import varlen
 from entropo_ray.train.parallel import Parallel
 
 NAME = "entropo_packed"
@@ -51,16 +52,25 @@ def packed(
         if key.shape[1] % parallel.ranks:  # too few key heads: each rank gets copies of those that its queries need
             key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
         query, key, value = (parallel.by_heads(states, tokens) for states in (query, key, value))
+    attend = varlen.attend if varlen.usable(query, key.shape[1], one_by_one) else one_by_one
+    found = attend(query, key, value, groups, scaling, sliding_window)
+    if parallel:
+        return parallel.by_tokens(found.transpose(1, 2)).transpose(1, 2).contiguous(), None
+    return found, None
+
+
+def one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, groups: varlen.Groups, scaling: float, window: int | None
+) -> Tensor:
+    """[1, T, heads, D] by a call for each prompt and each trajectory."""
     sizes = [size for prompt, branches in groups for size in (prompt, *branches) if size]
     parts = zip(*(torch.split(state, sizes, dim=2) for state in (query, key, value)), strict=True)
     rows = [
         row
         for prompt, branches in groups
-        for row in _group(next(parts) if prompt else None, [next(parts) for _ in branches], scaling, sliding_window)
+        for row in _group(next(parts) if prompt else None, [next(parts) for _ in branches], scaling, window)
     ]
-    if parallel:
-        return parallel.by_tokens(torch.cat(rows, dim=2)).transpose(1, 2).contiguous(), None
-    return torch.cat([row.transpose(1, 2) for row in rows], dim=1), None
+    return torch.cat([row.transpose(1, 2) for row in rows], dim=1)
 
 
 def _group(prompt: States | None, branches: Sequence[States], scaling: float, window: int | None) -> list[Tensor]:

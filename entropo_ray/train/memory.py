@@ -32,6 +32,8 @@ def options(*, keep_attention: bool) -> dict[str, Any]:
     if not keep_attention:
         return {"use_reentrant": False}
     kept = [getattr(torch.ops.aten, name).default for name in _ATTENTION if hasattr(torch.ops.aten, name)]
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):  # registered where train/varlen.py has loaded it
+        kept.append(torch.ops.torch_attn._varlen_attn.default)
     return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
 
 
