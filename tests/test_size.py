@@ -71,3 +71,22 @@ def test_activations_grow_with_tokens_and_what_is_kept():
     assert by_kept == sorted(by_kept)
     halved = memory_gib(QWEN3_06, Layout(sequence_parallel=2), 64_000, 14_000)["activations"]
     assert halved == pytest.approx(by_kept[0] / 2)
+
+
+def test_what_a_trajectory_of_64k_tokens_needs_on_gpus_of_80_gb():
+    """Dense 4B on one, 30B-A3B on eight, 106B-A12B on 16 to 64: with which settings, and without which not."""
+    dense = Shape(36, 2560, 32, 8, 128, 151_936, 9728, tied=True)
+    sparse = Shape(48, 2048, 32, 4, 128, 151_936, 768 * 8, expert_weights=48 * 3 * 2048 * 768 * 120)
+    large = Shape(46, 4096, 96, 8, 128, 151_552, 1408 * 9, expert_weights=46 * 3 * 4096 * 1408 * 120)
+    tokens, room = 65_536, 72.0  # GiB: the rest of 80 GB is CUDA's, NCCL's and fragments
+
+    def needed(shape, **layout):
+        return memory_gib(shape, Layout(**layout), tokens, tokens // 4)["all"]
+
+    assert needed(dense, zero_stage=2) > room > needed(dense, zero_stage=2, offload=True)
+    assert needed(dense, zero_stage=0, lora_weights=33_000_000) < room / 2
+    assert needed(sparse, ranks=8) > room > needed(sparse, ranks=8, offload=True)
+    assert needed(large, ranks=16, sequence_parallel=8) > room
+    assert needed(large, ranks=16, sequence_parallel=4, offload=True) < room
+    assert needed(large, ranks=32, sequence_parallel=8) < room
+    assert needed(large, ranks=64, sequence_parallel=8) < room
