@@ -384,7 +384,11 @@ def test_optimizer_states_on_a_disk_change_no_loss_and_leave_nothing_there(home,
     words = {"base": "wide", "steps": 3, "micro_batch": 8, "zero_stage": 3, "offload": True}
     started = run(home, {"host": words, "disk": {**words, "nvme_dir": str(tmp_path)}}, wait=False)
     written = set()
+    deadline = time.monotonic() + 300
     while started.poll() is None:
+        if time.monotonic() > deadline:
+            started.kill()
+            pytest.fail("a fit of 3 steps took more than 300 s")
         written |= {file.name for file in tmp_path.glob("**/*.swp")}
         time.sleep(0.1)
     assert started.returncode == 0, started.stderr.read()[-3000:]
