@@ -171,6 +171,7 @@ class Train(Fit):
     weight_pass: float = 1.0  # of kto and bco
     weight_fail: float = 1.0
     reference: Literal["round", "first"] = "round"
+    reference_early: bool = False  # score trajectories while others are sampled; takes workers beside the engines
     stale: Literal["keep", "drop", "weigh"] = "keep"  # trajectories whose policy has moved on; weigh: WPO
     drift: float = 0.1  # nats per action token since sampling, above which stale=drop drops
     mismatch_max: float = 0.1  # nats per action token between engines and trainer on fresh rollouts; 0: no bound
@@ -298,6 +299,7 @@ MAY_CHANGE = (
     "train.share_prefix",
     "train.offload",
     "train.nvme_dir",
+    "train.reference_early",
     "train.checkpoint_steps",
     "sft.workers",
     "sft.worker_threads",

@@ -150,14 +150,46 @@ def write(product: Path, record: type[R], records: Iterable[R]) -> int:
     return len(rows)
 
 
-def append(product: Path, record: type[R], records: list[R], *, key: tuple[str, int]) -> int:
-    """One part, durable on return, named by its key: the same key again replaces the part."""
+def append(product: Path, record: type[R], records: list[R], *, key: tuple[str, int], **facts: str) -> int:
+    """One part, durable on return, named by its key: the same key again replaces the part.
+
+    `facts` stay with the part until the product is sealed; `facts_of` reads them.
+    """
+    task_id, sample = key
+    product.mkdir(parents=True, exist_ok=True)
+    table = to_table(record, records).replace_schema_metadata(facts | {"task_id": task_id, "sample": str(sample)})
+    _part(product, part_of(product, key).stem, table)
+    return len(records)
+
+
+def part_of(product: Path, key: tuple[str, int]) -> Path:
+    """Where the row of a key lies while its product still grows."""
     task_id, sample = key
     name = hashlib.blake2b(f"{task_id}/{sample}".encode(), digest_size=12).hexdigest()
-    product.mkdir(parents=True, exist_ok=True)
-    table = to_table(record, records).replace_schema_metadata({"task_id": task_id, "sample": str(sample)})
-    _part(product, f"part-{name}", table)
-    return len(records)
+    return product / f"part-{name}.parquet"
+
+
+def facts_of(part: Path) -> dict[str, str]:
+    """What `append` was told of a part, its key as task_id and sample included."""
+    return {name.decode(): value.decode() for name, value in (pq.read_schema(part).metadata or {}).items()}
+
+
+def landed(product: Path, record: type[R], seen: set[str]) -> list[R]:
+    """The records of a growing product whose parts are not in `seen`, which gets their names.
+
+    A part that is sealed away or replaced while it is read is left for the next call, or for `read`.
+    """
+    found: list[R] = []
+    for part in sorted(product.glob("part-*.parquet")):
+        if part.name in seen:
+            continue
+        try:
+            table = pq.read_table(part, columns=arrow_schema(record).names)
+        except (FileNotFoundError, pa.ArrowInvalid):
+            continue
+        seen.add(part.name)
+        found += from_table(record, table)
+    return found
 
 
 def keys(product: Path) -> set[tuple[str, int]]:

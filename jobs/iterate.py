@@ -8,6 +8,7 @@ Resume needs no flag: a stage whose product is whole is not run again.
 from entropo_ray import config, observe, preference, report, store, tasks
 from entropo_ray.records import Label, Outcome, Pair, Policy
 from entropo_ray.rollout.sample import sample
+from entropo_ray.train.early import early
 from entropo_ray.train.fit import fit
 
 
@@ -19,7 +20,7 @@ def iterate(cfg: config.Run) -> Policy:
         out = store.round_of(cfg.run_dir, t)
         reference = policy if cfg.train.reference == "round" else first  # pi_ref
         if not store.done(out.trajectories):  # tau ~ pi_t, and u(tau) from the hidden tests
-            with stage("sample", round=t) as numbers:
+            with stage("sample", round=t) as numbers, early(reference, out, cfg):
                 numbers |= sample(
                     policy, suite, cfg.rollout, seed=cfg.seed, answers=cfg.tasks.path, to=out.trajectories
                 )

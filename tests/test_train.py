@@ -374,3 +374,84 @@ def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="vocab=200"):
         start(["text"], replace(SHAPE, vocab=200), seed=0, to=tmp_path / "policy")
+
+
+def land(out, key):
+    """A trajectory arrives, as a grader leaves it."""
+    store.append(out.trajectories, Trajectory, [trajectory(key)], key=key)
+
+
+def wait_for(what, seconds, found):
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(0.1)
+
+
+def early_run(home, **more):
+    words = {**FIT, "workers": 1, "reference_early": True, "worker_gpus": 0, **more}
+    return config.load(config.Run, ["model=m", f"run_dir={home}", *(f"train.{k}={v}" for k, v in words.items())])
+
+
+def test_references_are_scored_while_sampling_still_runs_and_equal_those_scored_afterwards(cluster, base, tmp_path):
+    """Of tasks with both outcomes; what is played once more, and what is missing, is scored when sampling is over."""
+    import ray
+
+    from entropo_ray.train import reference
+    from entropo_ray.train.early import early
+
+    cfg = early_run(tmp_path)
+    out = store.round_of(tmp_path / "run", 0)
+    before = ray.available_resources()["CPU"]
+    with early(base, out, cfg):
+        for key in (("task-0", 0), ("task-0", 1), ("task-1", 0)):
+            land(out, key)
+        wait_for("early reference", 90, lambda: len(store.keys(out.reference)) == 2)
+        assert store.keys(out.reference) == {("task-0", 0), ("task-0", 1)}
+        again = replace(trajectory(("task-0", 1)), token_ids=tuple(reversed(trajectory(("task-0", 1)).token_ids)))
+        store.append(out.trajectories, Trajectory, [again], key=("task-0", 1))
+        for key in set(KEYS) - store.keys(out.trajectories):
+            land(out, key)
+        store.seal(out.trajectories, Trajectory)
+    wait_for("CPU back", 30, lambda: ray.available_resources()["CPU"] == before)
+    kept = store.keys(out.reference)
+    assert ("task-0", 0) in kept
+    assert ("task-0", 1) not in kept
+    found = reference.score(base, out.trajectories, KEYS, cfg.train, to=out.reference)
+    assert found["scored"] == len(KEYS) - len(kept)
+    reference.score(base, out.trajectories, KEYS, cfg.train, to=tmp_path / "afterwards")
+    assert list(store.read(out.reference, Reference)) == list(store.read(tmp_path / "afterwards", Reference))
+
+
+def test_without_room_or_after_a_failure_all_references_are_scored_afterwards(cluster, base, tmp_path):
+    from entropo_ray.train import reference
+    from entropo_ray.train.early import early
+
+    out = store.round_of(tmp_path / "run", 0)
+    started = time.monotonic()
+    with early(base, out, early_run(tmp_path, worker_gpus=1)):  # no GPU is free: no scorer is asked for
+        for key in KEYS:
+            land(out, key)
+        time.sleep(5)
+        store.seal(out.trajectories, Trajectory)
+    assert time.monotonic() - started < 30
+    cfg = early_run(tmp_path)
+    assert reference.score(base, out.trajectories, KEYS, cfg.train, to=out.reference)["scored"] == len(KEYS)
+
+    other = store.round_of(tmp_path / "other", 0)
+
+    def interrupted():
+        with early(base, other, cfg):
+            land(other, KEYS[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with early(base, other, cfg):  # the next start goes on with what has landed
+        for key in KEYS[1:]:
+            land(other, key)
+        wait_for("early reference", 90, lambda: store.keys(other.reference))
+        store.seal(other.trajectories, Trajectory)
+    kept = len(store.keys(other.reference))
+    assert kept
+    assert reference.score(base, other.trajectories, KEYS, cfg.train, to=other.reference)["scored"] == len(KEYS) - kept

@@ -20,7 +20,7 @@ import torch
 from entropo_ray import config, store
 from entropo_ray.records import Measure, Policy, Reference
 from entropo_ray.train import rows
-from entropo_ray.train.batch import Key, pack
+from entropo_ray.train.batch import Key, Row, pack
 from entropo_ray.train.logprob import Scorer
 from entropo_ray.train.model import load
 
@@ -111,23 +111,13 @@ def _pass(
 ) -> dict[str, float]:
     if keys is None:
         keys = sorted(key for key, size in rows.sizes(trajectories, cut).items() if size.actions)
-    source = json.dumps(
-        {
-            "policy": str(policy.path),
-            "other": other and str(other.path),
-            "of": str(trajectories),
-            "made": (trajectories / "done").stat().st_mtime_ns,
-            "precision": cfg.precision,
-            "cut": cut,
-        }
-    )
+    source = source_of(policy, other, trajectories, cfg, cut)
     whole = store.done(to)
-    if whole and _same(to, source) and store.keys(to) >= set(keys):
+    if whole and claimed(to, source) and store.keys(to) >= set(keys):
         return {"scored": 0.0}
-    if to.exists() and (whole or not _same(to, source)):
+    if to.exists() and (whole or not claimed(to, source)):
         shutil.rmtree(to)
-    to.mkdir(parents=True, exist_ok=True)
-    (to / _SOURCE).write_text(source)
+    claim(to, source)
     scored = store.keys(to)
     missing = [key for key in keys if key not in scored]
     if missing:
@@ -136,7 +126,30 @@ def _pass(
     return {"scored": float(len(missing))}
 
 
-def _same(to: Path, source: str) -> bool:
+def source_of(
+    policy: Policy, other: Policy | None, trajectories: Path, cfg: config.Fit, cut: int | None, *, growing: bool = False
+) -> str:
+    """What scores were made from; `growing`: from trajectories that are still being sampled."""
+    return json.dumps(
+        {
+            "policy": str(policy.path),
+            "other": other and str(other.path),
+            "of": str(trajectories),
+            "made": None if growing else (trajectories / "done").stat().st_mtime_ns,
+            "precision": cfg.precision,
+            "cut": cut,
+        }
+    )
+
+
+def claim(to: Path, source: str) -> None:
+    """Say what the scores at `to` are made from."""
+    to.mkdir(parents=True, exist_ok=True)
+    store.save(to / _SOURCE, source)
+
+
+def claimed(to: Path, source: str) -> bool:
+    """Whether the scores at `to` are made from that."""
     return (to / _SOURCE).is_file() and (to / _SOURCE).read_text() == source
 
 
@@ -156,21 +169,24 @@ class ReferenceScorer:
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         keys = list(zip(batch["task_id"].tolist(), batch["sample"].tolist(), strict=True))
-        found = rows.read(self.trajectories, keys)
+        found = self._rows(keys)
         packed = pack([found[key].head(self.cut) for key in keys], share=self.share).to(self.device)
         scores = self.scorer(packed, self.other.anchor(packed) if self.other else None)
         columns = [scores.logp, scores.entropy, *([] if scores.kl is None else [scores.kl])]
         split = [values.cpu().split(list(packed.actions)) for values in columns]
         for key, *values in zip(packed.keys, *split, strict=True):
             # a part for each key: an actor of a killed start that is still at work cannot leave a row twice
-            self._append(key, *(tuple(column.tolist()) for column in values))
+            self._append(found[key], *(tuple(column.tolist()) for column in values))
         return {"rows": [len(keys)]}
 
-    def _append(self, key: Key, logp: tuple[float, ...], entropy: tuple[float, ...], *kl: tuple[float, ...]) -> None:
-        task_id, sample = key
+    def _rows(self, keys: Sequence[Key]) -> dict[Key, Row]:
+        return rows.read(self.trajectories, keys)
+
+    def _append(self, row: Row, logp: tuple[float, ...], entropy: tuple[float, ...], *kl: tuple[float, ...]) -> None:
+        task_id, sample = key = row.key
         if kl:
             measured = Measure(task_id=task_id, sample=sample, logp=logp, entropy=entropy, kl=kl[0])
-            store.append(self.to, Measure, [measured], key=key)
+            store.append(self.to, Measure, [measured], key=key, of=rows.digest(row))
         else:
             record = Reference(task_id=task_id, sample=sample, ref_logp=logp, ref_entropy=entropy)
-            store.append(self.to, Reference, [record], key=key)
+            store.append(self.to, Reference, [record], key=key, of=rows.digest(row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,35 @@ def read(product: Path, keys: Collection[Key]) -> dict[Key, Row]:
             found[key] = Row(key, ids, mask)
     _check(found.keys(), keys, product)
     return found
+
+
+def landed(product: Path, keys: Collection[Key]) -> dict[Key, Row]:
+    """As `read`, of a product that may still grow: each of `keys` has arrived."""
+    try:
+        tables = [pq.read_table(store.part_of(product, key)) for key in keys]
+    except FileNotFoundError:  # sealed meanwhile; a row that never arrived is complained of there
+        return read(product, keys)
+    found: dict[Key, Row] = {}
+    for table in tables:
+        (key,), (ids,), (mask,) = _keys(table), _arrays(table["token_ids"]), _arrays(table["action_mask"])
+        found[key] = Row(key, ids, mask)
+    return found
+
+
+def digests(product: Path, keys: Collection[Key]) -> dict[Key, str]:
+    """What tells the tokens of two trajectories apart, by key; rows that are not there are left out."""
+    found: dict[Key, str] = {}
+    for table in _tables(product, ["token_ids", "action_mask"], keys):
+        columns = (_arrays(table["token_ids"]), _arrays(table["action_mask"]))
+        for key, ids, mask in zip(_keys(table), *columns, strict=True):
+            found[key] = digest(Row(key, ids, mask))
+    return found
+
+
+def digest(row: Row) -> str:
+    """Of a trajectory's tokens and mask."""
+    parts = (row.token_ids.astype(np.int32).tobytes(), row.action_mask.astype(bool).tobytes())
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def column_sums(
