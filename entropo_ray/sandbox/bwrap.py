@@ -1,7 +1,7 @@
 """Sandboxes of bubblewrap on this machine: no network, own processes, copy-on-write files, limits.
 
-This side speaks to the launcher (launcher.py), one per process, started with the first sandbox. There is no system call
-filter: a hole of the kernel that an unprivileged process can reach is within the agent's reach.
+This side speaks to the launcher (launcher.py), one per process, started with the first sandbox. The kernel is shared:
+what the system call filter (seccomp.py) leaves open of it is within the agent's reach.
 """
 
 from __future__ import annotations
@@ -297,6 +297,7 @@ async def _shortcomings(launcher: Client) -> list[str]:
     missing = [
         (facts["memory"], "no memory control group can be written: memory is limited per process, not per sandbox"),
         (facts["pids"], "no pids control group can be written: processes are limited per command by RLIMIT_NPROC"),
+        (facts["filter"], "no system call filter for this architecture"),
     ]
     return [f"bwrap: {sentence}" for holds, sentence in missing if not holds] + trouble
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from entropo_ray.sandbox import kernel
 from entropo_ray.sandbox.stage import AGENT, BOX, IMAGE, ROOT
-from entropo_ray.sandbox.wire import Request, reply
+from entropo_ray.sandbox.wire import Request, close_all, reply
 
 if TYPE_CHECKING:
     from entropo_ray.sandbox.launcher import Cell, Launcher
@@ -34,12 +34,13 @@ class Command:
         self._status, status = os.pipe()
         self._timed_out = False
         self._begin = time.monotonic()
-        arguments = _memfd("\0".join(_bubblewrap(request, cell.spec, status)).encode())
+        filtered = _memfd(launcher.filter) if launcher.filter else None
+        arguments = _memfd("\0".join(_bubblewrap(request, cell.spec, status, filtered)).encode())
+        handed = [fd for fd in (arguments, status, filtered) if fd is not None]
         self._pid = os.fork()
         if self._pid == 0:
-            _become(launcher, cell, request, fds, arguments, status)
-        os.close(status)
-        os.close(arguments)
+            _become(launcher, cell, request, fds, handed)
+        close_all(handed)
         os.set_blocking(self._status, False)
         self._process = os.pidfd_open(self._pid)
         self._init: int | None = None  # pidfd of the first process inside
@@ -108,7 +109,7 @@ class Command:
         self._cell.settle()
 
 
-def _bubblewrap(request: Request, spec: Request, status: int) -> list[str]:
+def _bubblewrap(request: Request, spec: Request, status: int, filtered: int | None) -> list[str]:
     """Options of one run; they go through a descriptor, for the command line can be read inside."""
     workdir = spec["workdir"]
     words = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", str(AGENT), "--gid", str(AGENT)]
@@ -118,20 +119,23 @@ def _bubblewrap(request: Request, spec: Request, status: int) -> list[str]:
     if request["trusted"]:
         words += ["--ro-bind", f"{ROOT}{workdir}", workdir, "--tmpfs", "/tmp", "--tmpfs", "/home/agent"]
         words += ["--ro-bind", IMAGE, "/opt/image"]
+    if filtered is not None:
+        words += ["--seccomp", str(filtered)]
     for key, value in request["env"].items():
         words += ["--setenv", key, value]
     return [*words, "--chdir", request["cwd"]]
 
 
-def _become(launcher: Launcher, cell: Cell, request: Request, fds: list[int], arguments: int, status: int) -> None:
-    """The forked child: limits, namespace, rights, then bubblewrap. Never returns."""
+def _become(launcher: Launcher, cell: Cell, request: Request, fds: list[int], handed: list[int]) -> None:
+    """The forked child: limits, namespace, rights, then bubblewrap, which gets `handed`. Never returns."""
     output, given = fds
+    arguments, status = handed[:2]
     try:
         os.dup2(given, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.set_inheritable(arguments, True)
-        os.set_inheritable(status, True)
+        for fd in handed:
+            os.set_inheritable(fd, True)
         _limit(launcher, cell)
         kernel.setns(cell.box.namespace, kernel.CLONE_NEWNS)
         if launcher.stage.privileged:

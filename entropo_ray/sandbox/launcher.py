@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from entropo_ray.sandbox import cgroup, kernel
+from entropo_ray.sandbox import cgroup, kernel, seccomp
 from entropo_ray.sandbox.command import Command
 from entropo_ray.sandbox.files import agent_rights, open_file
 from entropo_ray.sandbox.stage import Box, Runner, Stage
@@ -84,6 +84,7 @@ class Launcher:
         self._timers: dict[object, tuple[float, Callable[[], None]]] = {}
         self.cells: dict[str, Cell] = {}
         self._requests, self._running = requests, True
+        self.filter = seccomp.program()
         self.groups = cgroup.find()
         cgroup.reap(self.groups)
         cgroup.claim(self.groups, self.label)
@@ -154,6 +155,7 @@ class Launcher:
     def _hello(self, request: Request, answer: socket.socket, fds: list[int]) -> None:
         groups, stage = self.groups, self.stage
         facts = {"memory": bool(groups.memory), "pids": bool(groups.pids), "privileged": stage.privileged}
+        facts["filter"] = bool(self.filter)
         reply(answer, facts | {"copies": stage.copies, "pid": os.getpid()})
 
     def _open(self, request: Request, answer: socket.socket, fds: list[int]) -> None:
