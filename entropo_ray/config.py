@@ -76,6 +76,9 @@ class Sandbox:
     output_kb: int = 64
     grade_s: float = 300.0
     life_s: float = 3600.0
+    per_node: int = 0  # at once on one node, lent by one actor there; 0: episode and grader actors make their own
+    ahead: int = 0  # of per_node, made before they are asked for: where making one takes seconds
+    wait_s: float = 600.0  # for one of per_node to come free
     strict: bool = False  # refuse to start where a limit cannot be enforced
 
 
@@ -292,6 +295,9 @@ MAY_CHANGE = (
     "rollout.episode_actors",
     "rollout.graders",
     "rollout.tries",
+    "rollout.sandbox.per_node",
+    "rollout.sandbox.ahead",
+    "rollout.sandbox.wait_s",
     "train.workers",
     "train.worker_threads",
     "train.micro_batch",
@@ -407,6 +413,11 @@ def _check(cfg: Run) -> None:
             agent.min_reply_tokens <= agent.max_reply_tokens < agent.max_tokens,
             f"rollout.agent.max_reply_tokens={agent.max_reply_tokens}: must lie between "
             f"min_reply_tokens={agent.min_reply_tokens} and max_tokens={agent.max_tokens}",
+        ),
+        (
+            0 <= cfg.rollout.sandbox.ahead <= cfg.rollout.sandbox.per_node,
+            f"rollout.sandbox.ahead={cfg.rollout.sandbox.ahead}: must lie between 0 and "
+            f"rollout.sandbox.per_node={cfg.rollout.sandbox.per_node}",
         ),
         (0 <= cfg.sft.error_rate < 1, f"sft.error_rate={cfg.sft.error_rate}: must lie in [0, 1)"),
         (

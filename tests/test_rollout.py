@@ -394,6 +394,21 @@ def test_a_teacher_that_does_not_err_resolves_plain_tasks_although_its_actors_di
     assert "entropy" not in numbers
 
 
+@pytest.mark.ray
+def test_sandboxes_of_a_node_can_be_lent_by_an_actor_that_may_die(cluster, rollout, suite, pack, tmp_path):
+    """Fewer than there are episodes at once, some made ahead; the killed keeper's are asked for again."""
+    if rollout.sandbox.backend == "plain":
+        pytest.skip("; ".join(sandbox.probe("bwrap")))
+    to, killed = tmp_path / "trajectories", []
+    lent = dataclasses.replace(rollout, tries=5, sandbox=dataclasses.replace(rollout.sandbox, per_node=6, ahead=2))
+    thread = killer(to, lambda: actor_pids("Keeper"), 2, killed)
+    numbers = teach(suite, lent, config.Sft(samples=8, error_rate=0.0), seed=0, to=to, answers=str(pack))
+    thread.join()
+    assert [found < 32 for found in killed] == [True], "the keeper was not killed while episodes were open"
+    assert (numbers["answered"], numbers["resolved_rate"], numbers["lost"]) == (32, 1.0, 0)
+    assert actor_pids("Keeper") == []
+
+
 @pytest.fixture(scope="module")
 def taught(cluster, rollout, suite, tmp_path_factory):
     """Trajectories of a teacher that errs, not graded."""

@@ -29,10 +29,10 @@ from entropo_ray.records import (
     to_row,
     to_table,
 )
+from entropo_ray.rollout.lending import borrow_here, setup_s
 from entropo_ray.sandbox import SandboxError, SandboxSpec
 
 TASK = "task"  # the column that carries an episode's task to its grader
-SETUP_S = 120.0  # opening and closing a sandbox, and the answers of a lost one
 BACKOFF_S = 0.5  # before the second try; doubled for each further one, with jitter
 
 Voice = Callable[[], tuple[Generate, Chat]]  # made in the actor: who answers, and the chat of its ids
@@ -42,7 +42,14 @@ class Episodes:
     """Ray Data's UDF: a RolloutRequest in, its Trajectory and its Task out."""
 
     def __init__(
-        self, voice: Voice, cfg: config.Rollout, attempts: Path, *, kind: str, temperature: float, patched: bool = True
+        self,
+        voice: Voice,
+        cfg: config.Rollout,
+        attempts: Path,
+        *,
+        kind: str,
+        temperature: float,
+        patched: bool = True,
     ) -> None:
         self._generate, self._chat = voice()
         self._cfg = cfg
@@ -52,6 +59,7 @@ class Episodes:
         self._patched = patched
         attempts.mkdir(parents=True, exist_ok=True)
         sandbox.reap()  # what an actor that was killed here left behind
+        borrow_here(cfg.sandbox)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         (request,) = from_table(RolloutRequest, batch)
@@ -80,11 +88,11 @@ class Episodes:
 
     async def _attempt(self, request: RolloutRequest) -> Trajectory:
         agent = self._cfg.agent
-        limit_s = agent.wall_s + agent.extract_s + SETUP_S
+        limit_s = agent.wall_s + agent.extract_s + setup_s(self._cfg.sandbox)
         try:
             async with (
                 asyncio.timeout(limit_s),
-                sandbox.open_sandbox(self._spec(request), backend=self._cfg.sandbox.backend) as box,
+                sandbox.open_sandbox(spec_of(request, self._cfg), backend=self._cfg.sandbox.backend) as box,
             ):
                 return await run_episode(
                     request,
@@ -102,16 +110,6 @@ class Episodes:
             return self._lost(
                 request, f"the episode had not ended after {limit_s:.0f} s, its own limits notwithstanding"
             )
-
-    def _spec(self, request: RolloutRequest) -> SandboxSpec:
-        agent, box = self._cfg.agent, self._cfg.sandbox
-        limits = sandbox.limits(
-            box,
-            exec_s=max(agent.tool_s, agent.extract_s),
-            life_s=max(box.life_s, agent.wall_s + agent.extract_s + SETUP_S),
-        )
-        labels = {"role": "episode", "task": request.task.id, "sample": str(request.sample)}
-        return SandboxSpec(image=request.task.image, workdir=request.task.workdir, limits=limits, labels=labels)
 
     def _lost(self, request: RolloutRequest, reason: str) -> Trajectory:
         """The row of an episode that never came to be."""
@@ -140,6 +138,15 @@ class Episodes:
             grade=None,
             verdict=None,
         )
+
+
+def spec_of(request: RolloutRequest, cfg: config.Rollout) -> SandboxSpec:
+    """The sandbox that an episode needs."""
+    agent, box = cfg.agent, cfg.sandbox
+    life_s = agent.wall_s + agent.extract_s + setup_s(box)
+    limits = sandbox.limits(box, exec_s=max(agent.tool_s, agent.extract_s), life_s=max(box.life_s, life_s))
+    labels = {"role": "episode", "task": request.task.id, "sample": str(request.sample)}
+    return SandboxSpec(image=request.task.image, workdir=request.task.workdir, limits=limits, labels=labels)
 
 
 def to_row_of(trajectory: Trajectory, task: Task) -> pa.Table:

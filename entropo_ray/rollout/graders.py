@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from entropo_ray import config, grade, store
 from entropo_ray.records import Grade, Stop, Task, Trajectory, Verdict, to_table
-from entropo_ray.rollout.episodes import BACKOFF_S, SETUP_S, from_row_of
+from entropo_ray.rollout.episodes import BACKOFF_S, from_row_of
+from entropo_ray.rollout.lending import borrow_here, setup_s
 from entropo_ray.sandbox import SandboxError
 
 LOST = "lost"  # directory inside the product: rows that infrastructure left without an answer
@@ -42,6 +43,7 @@ class Graders:
     def __init__(self, to: Path, cfg: config.Rollout, answers: str | None) -> None:
         self._to = to
         self._cfg = cfg
+        borrow_here(cfg.sandbox)
         self._answers = None if answers is None else grade.answers_of(store.place(answers))
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -72,7 +74,7 @@ class Graders:
 
     async def _verdict(self, answers: grade.Answers, task: Task, patch: str) -> Verdict | str:
         """The verdict, or why there is none after `tries`: a dead sandbox is never a failed grade."""
-        limit_s = self._cfg.sandbox.grade_s + SETUP_S
+        limit_s = self._cfg.sandbox.grade_s + setup_s(self._cfg.sandbox)
         reason = ""
         for number in range(self._cfg.tries):
             if number:

@@ -33,8 +33,9 @@ from entropo_ray import chat, config, observe, store
 from entropo_ray.agent.episode import Generate
 from entropo_ray.records import Outcome, Policy, Role, RolloutRequest, Stop, Task, Trajectory, from_table, to_table
 from entropo_ray.rollout import engine
-from entropo_ray.rollout.episodes import SETUP_S, Episodes, Voice
+from entropo_ray.rollout.episodes import Episodes, Voice, spec_of
 from entropo_ray.rollout.graders import LOST, Answered, Graders
+from entropo_ray.rollout.lending import keepers, setup_s
 
 ATTEMPTS = "attempts"  # directory inside the product: attempts of this start, one byte each
 START_S = 600  # until the actors of both pools run
@@ -153,7 +154,8 @@ def stream(missing: Sequence[RolloutRequest], play: Play, cfg: config.Rollout, *
     waiting = {_key(request) for request in missing}
     seen: Counter[str] = Counter()
     began = tail = time.monotonic()
-    with observe.progress("episodes", len(missing)) as bar:
+    coming = [spec_of(request, cfg) for request in missing] if cfg.sandbox.ahead else []
+    with observe.progress("episodes", len(missing)) as bar, keepers(cfg.sandbox, coming):
         for row in _answers(_dataset(missing, play, cfg, to), waiting, cfg):
             waiting.discard((row.task_id, row.sample))
             if len(waiting) >= cfg.episodes:
@@ -210,8 +212,8 @@ def _pool(actors: int, each: int) -> dict[str, Any]:
 
 def _longest_s(cfg: config.Rollout) -> float:
     """No row takes longer than this, every try of its episode and of its grade included."""
-    episode = cfg.agent.wall_s + cfg.agent.extract_s + SETUP_S
-    return cfg.tries * (episode + cfg.sandbox.grade_s + SETUP_S)
+    setup = setup_s(cfg.sandbox)
+    return cfg.tries * (cfg.agent.wall_s + cfg.agent.extract_s + cfg.sandbox.grade_s + 2 * setup)
 
 
 def _store_bytes(cfg: config.Rollout) -> int:
