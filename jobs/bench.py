@@ -3,8 +3,10 @@
     python jobs/bench.py trainer [key=value ...]    a step of ours beside TRL's DPOTrainer and KTOTrainer
     python jobs/bench.py logprob [key=value ...]    the head alone, by length: tiles and full logits
     python jobs/bench.py ranks [key=value ...]      an update over ranks and ZeRO stages: time, memory, expected memory
+    python jobs/bench.py sandbox [key=value ...]    sandboxes: operations, throughput, a thousand at once
 
-Keys: those of the classes Trainer, Logprob and Ranks (trainer.py, head.py and ranks.py in entropo_ray/bench).
+Keys: those of the classes Trainer, Logprob, Ranks and Boxes (trainer.py, head.py, ranks.py, boxes.py in
+entropo_ray/bench).
 """
 
 import json
@@ -13,12 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 from entropo_ray import config
-from entropo_ray.bench import head, ranks, trainer
+from entropo_ray.bench import boxes, head, ranks, trainer
 
 WHAT: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]]]] = {
     "trainer": (trainer.Trainer, trainer.run),
     "logprob": (head.Logprob, head.run),
     "ranks": (ranks.Ranks, ranks.run),
+    "sandbox": (boxes.Boxes, boxes.run),
 }
 
 
