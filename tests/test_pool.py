@@ -221,6 +221,22 @@ def test_what_comes_next_is_made_ahead_along_the_schedule_and_gives_way(image, o
     with_pool(dataclasses.replace(SMALL, live=3, ahead=2, lease_s=30), work)
 
 
+def test_a_pool_that_is_closed_ends_what_is_being_made(image, opened):
+    async def work(lender):
+        opened.delay = 0.3
+        await lender.schedule([SandboxSpec(image)] * 4)
+        asked = [asyncio.create_task(lender.acquire(SandboxSpec(image))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await lender.drain(5.0)
+        assert opened == []
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(one) for one in found} == {CapacityError}
+        with pytest.raises(CapacityError, match="closed"):
+            await lender.acquire(SandboxSpec(image))
+
+    with_pool(dataclasses.replace(SMALL, live=3, ahead=2, wait_s=5.0), work)
+
+
 def test_a_storm_of_borrowers_leaves_nothing(image, opened):
     """Cancelled while they wait, create or run; releasing twice; forgetting; failing creations."""
     rng = random.Random(0)

@@ -34,6 +34,7 @@ T = TypeVar("T")
 Call = Callable[..., Coroutine[Any, Any, Any]]  # (name of a method, its words) -> what it returns
 
 _TICK_S = 1.0  # between looks at leases, borrowers and what comes next
+_CLOSING = "the pool of sandboxes is being closed"
 _ALIVE_S = 10.0  # for a sandbox that was made before, to show that it lives
 _KEPT = 1000  # times of the last so many creations
 
@@ -108,6 +109,8 @@ class Pool:
         self._creation_s: deque[float] = deque(maxlen=_KEPT)
         self._background: set[asyncio.Task[Any]] = set()
         self._filling = self._draining = False
+        self._empty = asyncio.Event()
+        self._empty.set()
         self._watch: asyncio.Task[None] | None = None
 
     # Leases
@@ -121,11 +124,14 @@ class Pool:
         kind = _kind(spec)
         self._arrived(kind)
         held = await self._made_ahead(kind)
+        ahead = held is not None
         if held is None:
             await self._place()
             held = await self._create(spec)
-        else:
-            self._counts.ahead += 1
+        if self._draining:
+            await self._end(held)
+            raise CapacityError(_CLOSING)
+        self._counts.ahead += ahead
         held.token, held.owner = secrets.token_hex(16), owner
         held.expires = time.monotonic() + self._bounds.lease_s
         name = secrets.token_hex(8)
@@ -190,14 +196,18 @@ class Pool:
             async with asyncio.timeout(wait_s):
                 ends = (self._end(held) for held in (*ahead, *lent))
                 await asyncio.gather(*ends, *self._background, return_exceptions=True)
+                await self._empty.wait()  # creations that somebody waits for
         except TimeoutError:
             raise TimeoutError(f"sandboxes: {self._taken} had not ended {wait_s:.0f} s after the pool was") from None
 
     def _begin(self) -> None:
         if self._draining:
-            raise CapacityError("the pool of sandboxes is being closed")
+            raise CapacityError(_CLOSING)
         if self._watch is None:
             self._watch = asyncio.get_running_loop().create_task(self._look())
+
+    def _closing(self) -> bool:
+        return self._draining
 
     def _held(self, lease: Lease) -> _Held:
         held = self._lent.get(lease.id)
@@ -230,9 +240,12 @@ class Pool:
         finally:
             self._counts.waiting -= 1
         self._taken += 1
+        self._empty.clear()
 
     def _leave(self) -> None:
         self._taken -= 1
+        if not self._taken:
+            self._empty.set()
         self._places.release()
 
     async def _create(self, spec: SandboxSpec) -> _Held:
@@ -311,7 +324,7 @@ class Pool:
         wanted.subtract(held.kind for held in self._ahead)
         for spec in list(self._coming)[: self._bounds.ahead]:
             full = self._places.locked() or len(self._ahead) >= self._bounds.ahead
-            if full or self._counts.waiting or self._draining:
+            if full or self._counts.waiting or self._closing():
                 return
             kind = _kind(spec)
             if wanted[kind] > 0:
@@ -320,6 +333,8 @@ class Pool:
                 held = await self._create(_longer(spec))
                 held.kind = kind
                 self._ahead.append(held)
+                if self._closing():
+                    await self._end(self._ahead.pop())
 
     # Its watch
 
