@@ -103,6 +103,9 @@ class Answer:
     fail_to_pass: tuple[str, ...]
     pass_to_pass: tuple[str, ...]
     expected_failures: tuple[str, ...]
+    test_patch: str = ""  # hidden changes of files that the repository has already, as a diff
+    eval_type: str = "pass_and_fail"  # or fail_only, for logs that name failures alone; with a swebench parser
+    version: str = ""  # of the project; some swebench parsers ask for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

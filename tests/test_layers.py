@@ -18,7 +18,7 @@ PACKAGE = HERE / "entropo_ray"
 FLOORS = [
     ["records", "config"],
     ["tasks", "sandbox", "chat", "store", "preference", "select", "observe", "patches", "page"],
-    ["agent", "grade", "grade_inside"],
+    ["agent", "grade", "grade_inside", "official"],
     ["rollout", "train", "verify", "ingest", "diversity"],
     ["evaluate", "report", "doctor", "bench", "comparison"],
     ["compare"],
@@ -28,7 +28,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ABOVE_RAY = {room for room, floor in FLOOR.items() if floor >= 3}
 DOORS = {
     "omegaconf": {"config"},
-    "pyarrow": {"records", "store", "rollout", "train", "verify"},
+    "pyarrow": {"records", "store", "tasks.rows", "rollout", "train", "verify"},
+    "datasets": {"tasks.rows"},
     "tokenizers": {"chat", "train.initial", "bench"},
     "ray": {*ABOVE_RAY, "observe"},
     "torch": {"train", "verify.model", "bench"},
@@ -37,7 +38,7 @@ DOORS = {
     "peft": {"train.lora"},
     "trl": {"bench"},
     "vllm": {"rollout.engine"},
-    "swebench": {"grade", "evaluate"},
+    "swebench": {"grade", "evaluate", "tasks.rows"},
     "docker": {"sandbox.docker"},
     "kubernetes": {"sandbox.kubernetes"},
     "entropo_ray.records.Answer": {"tasks", "grade"},
@@ -143,7 +144,7 @@ def test_the_lower_floors_start_without_heavy_libraries():
     light = [p for p in FILES if p.parts[len(HERE.parts)] != "jobs" and p != PACKAGE / "__init__.py"]
     light = [p for p in light if FLOOR[room(p.relative_to(HERE))] <= 2]
     modules = sorted(".".join(p.relative_to(HERE).with_suffix("").parts).removesuffix(".__init__") for p in light)
-    heavy = ["torch", "ray", "vllm", "deepspeed", "transformers", "swebench", "docker", "kubernetes"]
+    heavy = ["torch", "ray", "vllm", "deepspeed", "transformers", "swebench", "datasets", "docker", "kubernetes"]
     program = (
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"

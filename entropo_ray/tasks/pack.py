@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -16,15 +17,19 @@ _TASKS = "tasks.jsonl"
 _ANSWERS = "answers.jsonl"
 _REPOS = "repos"
 _DONE = "done"
+# columns that packs of before do not have
+_LATER = {f.name: f.default for f in dataclasses.fields(Answer) if f.default is not dataclasses.MISSING}
 PRACTICE = "practice"  # a split for a teacher to play on: never graded, so its answers are not kept
 
 
 @dataclass(frozen=True)
 class Mined:
-    """A task and its answer, before they are parted."""
+    """A task and its answer, before they are parted, and what only the making of its repository needs."""
 
     task: Task
     answer: Answer
+    base: str = ""  # commit that the image of a public data set starts from, "" for HEAD
+    bug: str = ""  # diff that makes the task's checkout of that commit, where the image holds the repaired one
 
 
 def repository(to: Path, task_id: str) -> Path:
@@ -62,7 +67,7 @@ def tasks(path: Path) -> list[Task]:
 
 def answers(path: Path) -> dict[str, Answer]:
     """The answers of a whole pack by task id. For graders alone."""
-    return {row["task_id"]: from_row(Answer, row) for row in _rows(path / _ANSWERS)}
+    return {row["task_id"]: from_row(Answer, _LATER | row) for row in _rows(path / _ANSWERS)}
 
 
 def _relative(task: Task, to: Path) -> Task:
