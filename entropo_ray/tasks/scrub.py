@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -294,7 +293,7 @@ def _mentions(git: _Git, names: set[str]) -> list[str]:
     listed = sorted(name for name in names if name)
     for start in range(0, len(listed), _GREP_NAMES):
         words = ["grep", "-rlwF", "--exclude-dir=.git", "-e", "\n".join(listed[start : start + _GREP_NAMES]), "."]
-        done = _finished(words, git.left(), cwd=git.repo, env=git.env)
+        done = _finished(words, git.left(), what=f"grep in {git.repo}", cwd=git.repo, env=git.env)
         if done.returncode > 1:
             raise RuntimeError(f"grep in {git.repo} failed: {_last(done.stderr)}")
         reasons += [
@@ -348,6 +347,7 @@ class _Git:
 
     def __init__(self, repo: Path, deadline_s: float, more: Mapping[str, str] | None = None) -> None:
         self.repo = repo
+        self._deadline_s = deadline_s
         self._end = time.monotonic() + deadline_s
         identity = {f"GIT_{who}_{what}": text for who in ("AUTHOR", "COMMITTER") for what, text in _PERSON.items()}
         alone = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
@@ -359,11 +359,16 @@ class _Git:
         return ["git", "-C", str(self.repo), *(word for setting in _SETTINGS for word in ("-c", setting)), *words]
 
     def left(self) -> float:
-        return max(self._end - time.monotonic(), 0.1)
+        """Seconds until the deadline. RuntimeError once it has passed."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise RuntimeError(f"waited {self._deadline_s:.0f} s for the history of {self.repo}")
+        return left
 
     def start(self, *words: str, stdin: Any = b"") -> subprocess.CompletedProcess[bytes]:
         """Run git to its end, however it ends."""
-        return _finished(self.words(*words), self.left(), stdin=stdin, env=self.env)
+        what = f"git {words[0]} in {self.repo}"
+        return _finished(self.words(*words), self.left(), what=what, stdin=stdin, env=self.env)
 
     def run(self, *words: str, stdin: Any = b"") -> bytes:
         """What git prints. RuntimeError with its own words if it fails."""
@@ -412,15 +417,14 @@ def _objects_aside(git: _Git, folder: str) -> Iterator[_Git]:
 
 
 def _finished(
-    words: Sequence[str], deadline_s: float, *, stdin: Any = b"", **how: Any
+    words: Sequence[str], deadline_s: float, *, what: str, stdin: Any = b"", **how: Any
 ) -> subprocess.CompletedProcess[bytes]:
     """A process at its end, its input bytes or an open file. RuntimeError when the deadline passes."""
     given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     try:
         return subprocess.run(words, capture_output=True, timeout=deadline_s, check=False, **given, **how)
     except subprocess.TimeoutExpired as error:
-        tool = next(word for word in words if re.fullmatch("[a-z-]+", word) and word not in ("git", "-c", "-C"))
-        raise RuntimeError(f"waited {deadline_s:.0f} s for {tool} in {how.get('cwd', words)}") from error
+        raise RuntimeError(f"waited {deadline_s:.0f} s for {what}") from error
 
 
 def _last(output: bytes) -> str:
