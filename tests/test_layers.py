@@ -29,7 +29,7 @@ ABOVE_RAY = {room for room, floor in FLOOR.items() if floor >= 3}
 DOORS = {
     "omegaconf": {"config"},
     "pyarrow": {"records", "store", "tasks.rows", "rollout", "train", "verify"},
-    "datasets": {"tasks.rows"},
+    "datasets": {"tasks.rows", "bench"},
     "tokenizers": {"chat", "train.initial", "bench"},
     "ray": {*ABOVE_RAY, "observe"},
     "torch": {"train", "verify.model", "bench"},

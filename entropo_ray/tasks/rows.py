@@ -72,7 +72,7 @@ def read(
     repeated = [key for key, times in Counter(m.task.id for _, m in found).items() if times > 1]
     if repeated:
         raise ValueError(
-            f"{where}: {len(repeated)} ids stand on more than one row, first {repeated[0]}; read them apart"
+            f"{where}: {len(repeated)} ids stand on two rows or more, first {repeated[0]}; read them apart"
         )
     return _split(found, held_out, seed)
 
@@ -206,7 +206,7 @@ def _parquet(path: Path) -> _Table:
 
 def _hub(where: str, name: str, split: str | None) -> _Table:
     """A split of a data set on the hub, the only one where none is named."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     try:
         if split is None:
