@@ -194,7 +194,7 @@ def test_a_row_is_the_same_task_in_every_format_and_survives_a_pack(tmp_path, fa
     tasks.write(to, [m])
     assert pack.tasks(to) == [m.task]
     assert pack.answers(to) == {m.task.id: m.answer}
-    assert rows.read(to) == [replace(m, base="", bug="")]
+    assert rows.read(to) == [replace(m, base="", bug="", remove=())]
     assert m.task.problem == "f is wrong"
     assert m.task.visible == ()
     assert m.task.workdir == "/testbed"
@@ -265,6 +265,7 @@ def test_r2egym_wants_exact_statuses_in_the_files_that_hold_the_tests(tmp_path):
     assert m.answer.files == (File(path=one, text=R2E_TEST), File(path=two, text=R2E_OTHER))
     assert diffs.paths(m.answer.patch) == ["pkg/mod.py", "pkg/more.py"]
     assert m.task.id == f"name__{R2EGYM['commit_hash']}"
+    assert "/r2e_tests" in m.remove  # the published images hold the hidden tests
     assert m.base == BASE
 
 

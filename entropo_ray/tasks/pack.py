@@ -30,6 +30,7 @@ class Mined:
     answer: Answer
     base: str = ""  # commit that the image of a public data set starts from, "" for HEAD
     bug: str = ""  # diff that makes the task's checkout of that commit, where the image holds the repaired one
+    remove: tuple[str, ...] = ()  # paths of the image that show hidden tests
 
 
 def repository(to: Path, task_id: str) -> Path:

@@ -19,6 +19,7 @@ from entropo_ray.tasks.columns import WORKDIR, Family, Images, Row
 from entropo_ray.tasks.pack import Mined
 
 _FOLDER = "r2e_tests"
+_SHOWN = (f"/{_FOLDER}", f"{WORKDIR}/{_FOLDER}", f"{WORKDIR}/run_tests.sh")  # where the published images keep them
 _PYTEST = ".venv/bin/python -W ignore -m pytest -rA -p no:cacheprovider"
 _COLOR = re.compile(r"(?:\x1b|\\u001b)\[[0-9;]*m")
 _UNITTEST = re.compile(r"(\w+) \(([\w.]+)\)")  # test (module.Class), or test (module.Class.test) since Python 3.11
@@ -59,7 +60,7 @@ def mined(row: Row, images: Images) -> Mined:
         pass_to_pass=tuple(test for key in passing if key in before for test in ids[key]),
         expected_failures=tuple(test for key in expected if key not in passing for test in ids[key]),
     )
-    return Mined(task=task, answer=answer, base=_base(row, commit))
+    return Mined(task=task, answer=answer, base=_base(row, commit), remove=_SHOWN)
 
 
 def _key(name: str) -> str:
