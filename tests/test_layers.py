@@ -118,6 +118,7 @@ PLANTED = {
     "answers by file": ("entropo_ray/agent/tools.py", 'PATH = "answers.jsonl"'),
     "a job imports a job": ("jobs/evaluate.py", "from jobs.iterate import iterate"),
     "no floor": ("entropo_ray/helpers.py", ""),
+    "datasets outside its door": ("entropo_ray/tasks/pack.py", "def f():\n    import datasets"),
     "unknown room": ("entropo_ray/report.py", "from entropo_ray.helpers import x"),
 }
 
