@@ -274,10 +274,27 @@ def test_a_test_that_two_files_have_is_expected_in_both(tmp_path):
     assert m.answer.fail_to_pass == ("r2e_tests/test_1.py::test_free", "r2e_tests/test_2.py::test_free")
 
 
-@pytest.mark.parametrize("name", ["test_two (test_1.TestF)", "test_two (r2e_tests.test_1.TestF.test_two)"])
-def test_names_as_unittest_writes_them_are_understood(tmp_path, name):
-    m = read_one(tmp_path, R2EGYM | {"expected_output_json": json.dumps({name: "PASSED"})})
-    assert m.answer.fail_to_pass == ("r2e_tests/test_1.py::TestF::test_two",)
+def test_a_runner_among_the_tests_runs_them_and_holds_none(tmp_path):
+    run = json.loads(R2EGYM["execution_result_content"])
+    run["test_file_names"] += ["name_unittest_runner.py", "conftest.py"]
+    run["test_file_codes"] += ["class TestF:\n    def test_two(self):\n        pass\n", "x = 1\n"]
+    m = read_one(tmp_path, R2EGYM | {"execution_result_content": json.dumps(run)})
+    assert m.answer.fail_to_pass[0] == "r2e_tests/test_1.py::TestF::test_two"
+    assert ".venv/bin/python -W ignore r2e_tests/name_unittest_runner.py\n" in m.answer.script
+    assert len(m.answer.files) == 4
+
+
+def test_what_a_test_printed_before_the_summary_is_no_status(tmp_path):
+    run = json.loads(R2EGYM["execution_result_content"])
+    run["old_commit_res_stdout"] = "PASSED x::TestF::test_two\n" + run["old_commit_res_stdout"]
+    m = read_one(tmp_path, R2EGYM | {"execution_result_content": json.dumps(run)})
+    assert "r2e_tests/test_1.py::TestF::test_two" in m.answer.fail_to_pass
+
+
+def test_without_a_log_of_before_every_passing_test_counts_as_failing_then(tmp_path):
+    run = json.loads(R2EGYM["execution_result_content"]) | {"old_commit_res_stdout": None}
+    m = read_one(tmp_path, R2EGYM | {"execution_result_content": json.dumps(run)})
+    assert (len(m.answer.fail_to_pass), m.answer.pass_to_pass) == (3, ())
 
 
 # Scripts
@@ -500,8 +517,8 @@ ODD = {
     "no Python": (
         "r2egym",
         "execution_result_content",
-        '{"test_file_names": ["x.py"], "test_file_codes": ["def"]}',
-        "expected Python in r2e_tests/x.py, but invalid syntax",
+        '{"test_file_names": ["test_x.py"], "test_file_codes": ["def"]}',
+        "expected Python in r2e_tests/test_x.py, but invalid syntax",
     ),
     "no diffs": (
         "r2egym",

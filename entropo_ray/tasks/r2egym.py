@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,10 +20,10 @@ from entropo_ray.tasks.pack import Mined
 
 _FOLDER = "r2e_tests"
 _SHOWN = (f"/{_FOLDER}", f"{WORKDIR}/{_FOLDER}", f"{WORKDIR}/run_tests.sh")  # where the published images keep them
-_PYTEST = ".venv/bin/python -W ignore -m pytest -rA -p no:cacheprovider"
+_PYTHON = ".venv/bin/python -W ignore"
 _COLOR = re.compile(r"(?:\x1b|\\u001b)\[[0-9;]*m")
-_UNITTEST = re.compile(r"(\w+) \(([\w.]+)\)")  # test (module.Class), or test (module.Class.test) since Python 3.11
-_LOGGED = re.compile(r"^PASSED (.+)$|^(\w+ \([\w.]+\)) \.\.\. ok$", re.MULTILINE)
+_PASSED = re.compile(r"^PASSED (.+)$", re.MULTILINE)
+_SUMMARY = "short test summary info"
 _FAILING = ("FAILED", "ERROR")
 
 
@@ -54,7 +54,7 @@ def mined(row: Row, images: Images) -> Mined:
         patch=_patch(row, commit),
         alternatives=(),
         files=tuple(File(path=path, text=text) for path, text in files.items()),
-        script=scripts.made(base="HEAD", test_patch="", command=f"{_PYTEST} {_FOLDER}", workdir=WORKDIR),
+        script=scripts.made(base="HEAD", test_patch="", command=_command(files), workdir=WORKDIR),
         parser="pytest",
         fail_to_pass=tuple(test for key in passing if key not in before for test in ids[key]),
         pass_to_pass=tuple(test for key in passing if key in before for test in ids[key]),
@@ -81,38 +81,42 @@ def _tests(row: Row) -> dict[str, str]:
     return {str(path): text for path, text in zip(paths, texts, strict=True)}
 
 
+def _command(files: Iterable[str]) -> str:
+    """What runs the tests: the runner among their files, or pytest."""
+    runner = next((path for path in files if path.endswith("_runner.py")), "")
+    return f"{_PYTHON} {runner}" if runner else f"{_PYTHON} -m pytest -rA -p no:cacheprovider {_FOLDER}"
+
+
 def _passed_before(row: Row) -> set[str]:
     """The tests that passed before the commit, by its log; none where there is no log."""
     log = row.mapping("execution_result_content").get("old_commit_res_stdout") or ""
     if not isinstance(log, str):
         raise row.odd("execution_result_content", "a text old_commit_res_stdout")
-    found = _LOGGED.findall(_COLOR.sub("", log))
-    return {_key(".".join(node.split("::")[1:]) if node else test) for node, test in found}
+    _, _, summary = _COLOR.sub("", log).partition(_SUMMARY)  # what tests print stands before it
+    return {_key(".".join(node.split("::")[1:])) for node in _PASSED.findall(summary)}
 
 
 def _ids(row: Row, keys: list[str], files: Mapping[str, str]) -> dict[str, list[str]]:
     """Key -> the ids of pytest that it stands for, one in every file that has such a test."""
     where: dict[tuple[str, ...], list[str]] = defaultdict(list)  # (class, test), (class,) or (test,) -> files
-    for path, text in files.items():
-        for names in _defined(row, path, text):
+    tests = [path for path in files if _is_test(PurePosixPath(path).name)]  # runners and fixtures lie there too
+    for path in tests:
+        for names in _defined(row, path, files[path]):
             where[names].append(path)
     found = {}
     for key in keys:
         names = _names(key)
         bare = (*names[:-1], names[-1].partition("[")[0])
         # an inherited test stands in its class alone
-        homes = where.get(bare) or where.get(names[:-1]) or (list(files) if len(files) == 1 else [])
+        homes = where.get(bare) or where.get(names[:-1]) or (tests if len(tests) == 1 else [])
         if not homes:
-            raise row.odd("expected_output_json", f"tests of the files {', '.join(files)}, not {key!r}")
+            raise row.odd("expected_output_json", f"tests of the files {', '.join(tests)}, not {key!r}")
         found[key] = ["::".join((path, *names)) for path in homes]
     return found
 
 
 def _names(key: str) -> tuple[str, ...]:
     """(class ..., test) of a key; dots in the values of a parameter are none between names."""
-    if unittest := _UNITTEST.fullmatch(key):
-        classes = unittest[2].split(".")
-        return (classes[-2 if classes[-1] == unittest[1] and len(classes) > 1 else -1], unittest[1])
     head, bracket, values = key.partition("[")
     *classes, test = head.split(".")
     return (*classes, test + bracket + values)
