@@ -283,11 +283,59 @@ def test_neither_hooks_nor_filters_nor_monitors_of_the_repository_run(repo, tmp_
     assert marker.exists()
 
 
+def test_a_folder_inside_of_a_repository_is_none_itself(repo):
+    with pytest.raises(ValueError, match=r"repo/pkg: fatal: not a git repository: .*give a git repository"):
+        scrub.leak_check(repo / "pkg")
+
+
+def test_a_work_tree_that_the_repository_names_is_not_believed(repo, tmp_path):
+    git(repo, "config", "core.worktree", str(tmp_path))
+    gold_file(repo)
+    assert scrub.leak_check(repo, patches=[GOLD]) == [
+        "reference: build/lib/pkg/mod.py is a file of the reference patch"
+    ]
+    scrub.scrub(repo)
+    assert git(repo, "rev-parse", "--show-toplevel") == str(repo)
+
+
+def test_nothing_outside_of_the_checkout_is_removed(repo, tmp_path):
+    """A folder of the old commit is a link by now, to files with names that git knows."""
+    outside = tmp_path / "outside"
+    put(outside, {"late.py": "precious\n", "__pycache__/test_x.pyc": b"\0"})
+    base = git(repo, "rev-parse", "HEAD")
+    commit(repo, "later", {"new/late.py": "x = 1\n"})
+    shutil.rmtree(repo / "new")
+    (repo / "new").symlink_to(outside)
+    scrub.scrub(repo, base=base)
+    assert (outside / "late.py").read_text() == "precious\n"
+    assert (outside / "__pycache__/test_x.pyc").exists()
+
+
+def test_a_missing_object_is_not_fetched_by_a_command_of_the_repository(repo, tmp_path):
+    marker = tmp_path / "ran"
+    for key, value in {
+        "core.repositoryformatversion": "1",
+        "extensions.partialclone": "origin",
+        "remote.origin.url": "ssh://example.com/x",
+        "remote.origin.promisor": "true",
+        "core.sshCommand": f"touch {marker}; false",
+    }.items():
+        git(repo, "config", key, value)
+    blob = git(repo, "rev-parse", "HEAD:pkg/mod.py")
+    (repo / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    armed = shutil.copytree(repo, tmp_path / "armed", symlinks=True)
+    with pytest.raises(RuntimeError, match="failed"):
+        scrub.scrub(repo)
+    assert not marker.exists()
+    subprocess.run(["git", "cat-file", "-p", blob], cwd=armed, env=_ENV, capture_output=True, timeout=60, check=False)
+    assert marker.exists()  # without care it runs
+
+
 def test_a_deadline_says_what_it_waited_for(repo):
     with pytest.raises(RuntimeError, match=r"waited 0 s for the history of .*repo"):
         scrub.leak_check(repo, deadline_s=0)
-    with pytest.raises(RuntimeError, match=r"waited 0 s for git rev-parse in .*repo"):
-        scrub.leak_check(repo, deadline_s=0.001)
+    with pytest.raises(RuntimeError, match="waited 1 s for git log in x"):
+        scrub._finished(["sleep", "60"], 1, what="git log in x")
 
 
 def test_the_repositories_of_the_local_pack_are_clean(tmp_path):

@@ -76,15 +76,16 @@ def scrub(repo: Path, *, base: str = "HEAD", patch: str = "", deadline_s: float 
     with tempfile.TemporaryDirectory(prefix=".scrub-", dir=repo) as aside:
         new = Path(aside, ".git")
         form = git.line("rev-parse", "--show-object-format")
-        git.run("init", "--quiet", "--template=", "--initial-branch=main", f"--object-format={form}", aside)
+        words = ("--quiet", "--template=", "--initial-branch=main", f"--object-format={form}")
+        _Git(Path(aside), git.left()).run("init", *words)
         with _objects_aside(git, aside) as apart:
             tree = _tree(apart, replaced, patch)
             _copy_tree(apart, tree, _Git(repo, git.left(), {"GIT_DIR": str(new)}))
-        fresh = _Git(repo, git.left(), {"GIT_DIR": str(new), "GIT_WORK_TREE": str(repo.absolute())})
+        fresh = _Git(repo, git.left(), {"GIT_DIR": str(new)})
         commit = fresh.line("commit-tree", tree, "-m", _MESSAGE)
         fresh.run("update-ref", "refs/heads/main", commit)
         for path in set(tracked) - set(fresh.paths("ls-tree", "-r", "-z", "--name-only", tree)):
-            _remove(repo / os.fsdecode(path))
+            _remove_inside(repo, os.fsdecode(path))
         fresh.run("reset", "--quiet", "--hard")
         for name in ("logs", "ORIG_HEAD"):
             _remove(new / name)
@@ -332,6 +333,12 @@ def _is_installed(inside: Path) -> bool:
     return "site-packages" in inside.parts or "node_modules" in inside.parts
 
 
+def _remove_inside(repo: Path, path: str) -> None:
+    """Remove a file of the checkout, unless a folder on the way to it has become a link."""
+    if (repo / path).parent.resolve() == repo.resolve() / Path(path).parent:
+        _remove(repo / path)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -351,9 +358,12 @@ class _Git:
         self._end = time.monotonic() + deadline_s
         identity = {f"GIT_{who}_{what}": text for who in ("AUTHOR", "COMMITTER") for what, text in _PERSON.items()}
         alone = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-        # replaced objects would hide what is really there, and nothing may be fetched
-        safe = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
-        self.env = {"PATH": os.environ.get("PATH", os.defpath)} | alone | safe | identity | dict(more or {})
+        # replaced objects would hide what is really there, and a fetch would run commands that the repository names
+        safe = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
+        # else git would look for a repository in the folders above, and a work tree where the repository says
+        place = {"GIT_DIR": str(repo.absolute() / ".git"), "GIT_WORK_TREE": str(repo.absolute())}
+        path = {"PATH": os.environ.get("PATH", os.defpath)}
+        self.env = path | alone | safe | identity | place | dict(more or {})
 
     def words(self, *words: str) -> list[str]:
         return ["git", "-C", str(self.repo), *(word for setting in _SETTINGS for word in ("-c", setting)), *words]
