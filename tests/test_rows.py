@@ -221,6 +221,11 @@ def test_a_row_of_swebench_5_keeps_its_script_image_and_parser(tmp_path):
     assert m.base == BASE
 
 
+@pytest.mark.parametrize("assets", ["", None, "{}", {}, {"test_patch": []}])
+def test_a_row_without_binary_assets_is_taken(tmp_path, assets):
+    assert read_one(tmp_path, SWEBENCH | {"image_assets": assets}).task.id == "owner__name-12"
+
+
 def test_nothing_of_the_answer_is_in_the_task(tmp_path):
     for family, row in FAMILIES.items():
         (tmp_path / family).mkdir()
@@ -374,6 +379,23 @@ def test_every_family_that_the_harness_can_grade_gives_it_a_row_it_takes(tmp_pat
         assert spec.log_parser in PARSER_REGISTRY
     with pytest.raises(ValueError, match="cannot ask for tests that must fail"):
         swebench.official(*_parted(R2EGYM))
+
+
+def test_a_row_of_another_language_keeps_what_its_harness_needs():
+    more = {
+        "log_parser": "parse_log_eslint",
+        "eval_type": "fail_only",
+        "version": "9.5",
+        "FAIL_TO_PASS": ["should: x y"],
+    }
+    task, answer = _parted(SWEBENCH | more)
+    assert task.test_command == ""  # its command names the hidden tests
+    row = swebench.official(task, answer)
+    assert {key: row[key] for key in ("log_parser", "eval_type", "version")} == {
+        key: more[key] for key in ("log_parser", "eval_type", "version")
+    }
+    assert row["FAIL_TO_PASS"] == ["should: x y"]
+    assert row["eval_script"] == SCRIPT
 
 
 def test_parsers_are_checked_where_asked(tmp_path):

@@ -31,6 +31,7 @@ def made(*, base: str, test_patch: str, command: str, workdir: str) -> str:
         "for home in /opt/miniconda3 /opt/conda; do",
         '  if [ -f "$home/bin/activate" ]; then source "$home/bin/activate" testbed; break; fi',
         "done",
+        "git() { command git -c safe.directory='*' \"$@\"; }",  # the files may be another user's
         f"cd {workdir}",
     ]
     restore = [f"git checkout {base} -- {shlex.join(old)}"] if old else []

@@ -26,7 +26,7 @@ def mined(row: Row, images: Images) -> Mined:
         raise row.odd("eval_script", f"a script with the lines {scripts.START!r} and {scripts.END!r}")
     if eval_type not in _EVAL_TYPES:
         raise row.odd("eval_type", f"one of {', '.join(_EVAL_TYPES)}")
-    assets = row.plain("image_assets") or {}
+    assets = row.plain("image_assets") if row.values.get("image_assets") else {}
     if any(assets.values()) if isinstance(assets, dict) else assets:
         raise row.odd("image_assets", "none: binary test files cannot be carried")
     name = images.name(row, "swebench", "{image}", image=row.text("image"))
