@@ -1,6 +1,7 @@
 """Laws of diffs as text, held against git: what is read is what git applies, and the way back leads back."""
 
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -102,6 +103,17 @@ def test_the_way_back_leads_back(tmp_path):
     _, patch = diff_of(tmp_path, BEFORE, AFTER, "--find-renames=40%")
     assert applied(tmp_path, AFTER, diffs.reverse(patch)) == {path: text.encode() for path, text in BEFORE.items()}
     assert diffs.reverse(diffs.reverse(patch)) == patch
+
+
+def test_the_way_back_is_the_one_that_git_writes(tmp_path):
+    _, patch = diff_of(tmp_path, BEFORE, AFTER, "--no-renames")
+    _, theirs = diff_of(tmp_path, AFTER, BEFORE, "--no-renames")
+    ours, theirs = (
+        # the words after a hunk's numbers are of the old file, wherever it stands
+        {re.sub(" @@.*", " @@", "".join(change.hunks)) for change in diffs.changes(text)}
+        for text in (diffs.reverse(patch), theirs)
+    )
+    assert ours == theirs
 
 
 @_FEW

@@ -219,6 +219,13 @@ def test_the_same_tree_gives_the_same_commit_wherever_it_came_from(repo, tmp_pat
     assert scrub.scrub(repo).commit == scrub.scrub(other).commit
 
 
+def test_a_commit_that_stands_for_another_is_not_believed(repo):
+    base, tree = git(repo, "rev-parse", "HEAD"), tree_of(repo)
+    git(repo, "replace", base, fix(repo))
+    assert "extra_refs" in kinds(scrub.leak_check(repo))
+    assert scrub.scrub(repo, base=base).tree == tree
+
+
 def test_scrubbing_twice_changes_nothing(repo):
     first = scrub.scrub(repo)
     second = scrub.scrub(repo)
