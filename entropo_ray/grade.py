@@ -9,6 +9,7 @@ TAMPERED. A sandbox that dies raises SandboxError: no verdict is not a failed on
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from entropo_ray import config, sandbox
+from entropo_ray import config, grade_script, sandbox
 from entropo_ray.records import Answer, Grade, Task, Verdict, to_row
 from entropo_ray.sandbox import ExecResult, SandboxError, SandboxSpec
 from entropo_ray.tasks import pack
@@ -138,10 +139,12 @@ async def check(task: Task, patch: str, cfg: config.Sandbox) -> Verdict:
 
 
 async def _hidden(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
-    if answer.parser != "pytest":
-        raise ValueError(f"{task.id}: parser={answer.parser}: this grader runs pytest alone")
     if not answer.fail_to_pass:
         raise ValueError(f"{task.id}: fail_to_pass is empty: every patch would resolve it")
+    if grade_script.mine(answer):
+        return await _scripted(task, patch, answer, cfg)
+    if answer.parser != "pytest":
+        raise ValueError(f"{task.id}: parser={answer.parser}: without a script of its own only pytest can be run")
     files = {file.path: file.text for file in answer.files}
     expectation = Expectation(
         passing=(*answer.fail_to_pass, *answer.pass_to_pass),
@@ -177,6 +180,34 @@ async def _run(
         failed=tuple(test for test in expectation.ids if test not in passed) if evidence.ready else (),
         dropped=tuple(evidence.dropped),
         exit_code=-1 if result.exit_code is None else result.exit_code,
+        runs=1,
+        seconds=time.monotonic() - began,
+        reason=reason,
+    )
+
+
+async def _scripted(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
+    """By the answer's own script; an empty patch runs, for a validation asks what the tests say of it."""
+    try:
+        kept, dropped = grade_script.admitted(patch, answer)
+    except ValueError as error:
+        return _verdict(Grade.PATCH_FAILED, f"the patch {error}")
+    if patch and not kept:
+        return dataclasses.replace(_verdict(Grade.EMPTY, "only protected files were changed"), dropped=dropped)
+    began = time.monotonic()
+    async with sandbox.open_sandbox(_spec(task, cfg), backend=cfg.backend) as box:
+        try:
+            log, result, canaries = await grade_script.run(box, kept, answer, timeout_s=cfg.grade_s)
+        except grade_script.ApplyFailed as error:
+            return dataclasses.replace(_verdict(Grade.PATCH_FAILED, str(error)), dropped=dropped)
+    found = grade_script.statuses(log, task, answer)
+    decision, reason, passed = grade_script.judge(log, found, answer, canaries, limit=_limit(result))
+    return Verdict(
+        grade=decision,
+        passed=passed,
+        failed=tuple(test for test in grade_script.decisive(answer) if test not in passed),
+        dropped=dropped,
+        exit_code=-1 if log.code is None else log.code,
         runs=1,
         seconds=time.monotonic() - began,
         reason=reason,
@@ -383,7 +414,7 @@ async def validate(task: Task, answer: Answer, cfg: config.Sandbox, *, runs: int
     """
     if not answer.fail_to_pass:
         return ["no_f2p: fail_to_pass is empty"]
-    if answer.parser != "pytest":
+    if answer.parser != "pytest" and not grade_script.mine(answer):
         return [f"unknown_parser: {answer.parser}"]
     gold = [await _hidden(task, answer.patch, answer, cfg) for _ in range(runs)]
     empty = [await _hidden(task, "", answer, cfg) for _ in range(runs)]

@@ -18,7 +18,7 @@ PACKAGE = HERE / "entropo_ray"
 FLOORS = [
     ["records", "config"],
     ["tasks", "sandbox", "chat", "store", "preference", "select", "observe", "patches", "page"],
-    ["agent", "grade", "grade_inside", "official"],
+    ["agent", "grade", "grade_inside", "grade_script", "official"],
     ["rollout", "train", "verify", "ingest", "diversity"],
     ["evaluate", "report", "doctor", "bench", "comparison"],
     ["compare"],
@@ -38,10 +38,10 @@ DOORS = {
     "peft": {"train.lora"},
     "trl": {"bench"},
     "vllm": {"rollout.engine"},
-    "swebench": {"grade", "evaluate", "tasks.rows"},
+    "swebench": {"grade", "grade_script", "evaluate", "tasks.rows"},
     "docker": {"sandbox.docker"},
     "kubernetes": {"sandbox.kubernetes"},
-    "entropo_ray.records.Answer": {"tasks", "grade"},
+    "entropo_ray.records.Answer": {"tasks", "grade", "grade_script"},
 }
 FILES = sorted([*PACKAGE.rglob("*.py"), *(HERE / "jobs").glob("*.py")])
 

@@ -1,0 +1,245 @@
+"""The hidden tests of public data sets: their own script, their own log parser, and canaries between the two.
+
+A row of SWE-bench's form brings a script that lays out its tests and runs them, whatever runner that is. What it
+prints is read by the parser that the row names, but only what stands between two lines that nobody can guess; every
+Python test file gets one more test that must pass and one that must fail, where the runner is pytest; and the exit code
+of the test command has to fit. The patch cannot touch the tests, what configures their runner, or what Python loads
+before them. Other runners than pytest have no canaries: there a forged log is only harder, not evident.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from entropo_ray.records import Answer, Grade, Task
+from entropo_ray.sandbox import ExecResult, Sandbox, SandboxError
+from entropo_ray.tasks import diffs, scripts, swebench
+
+OUTPUT_BYTES = 32 << 20  # of the whole run
+_RUNNER = {"conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini"}
+_START_UP = {"sitecustomize.py", "usercustomize.py"}
+_SHADOWED = sys.stdlib_module_names | {"pytest", "_pytest", "pluggy", "iniconfig"}
+_FOLDERS = {"test", "tests", "testing"}
+_RUN = 'script=$(cat); exec </dev/null; eval "$script"'  # read whole before it starts: nothing on disk to rewrite
+_GOOD, _BAD = ("PASSED",), ("FAILED", "ERROR")
+_EXPECTED_FAILURE = "XFAIL"
+
+# each attempt begins on a clean tree; the last ones take what fits roughly, as the official harness does
+_APPLY = """
+patch=$(mktemp) && cat > "$patch" || exit 90
+quiet="git -c safe.directory=* -c core.hooksPath=/dev/null -c core.fsmonitor=false"
+for how in "$quiet apply --whitespace=nowarn" "$quiet apply --whitespace=nowarn --3way" \\
+    "patch --batch --forward --fuzz=5 -p1 -i"; do
+    $how "$patch" > "$patch.said" 2>&1 && { $quiet reset -q; exit 0; }
+    [ -e "$patch.first" ] || cp "$patch.said" "$patch.first"
+    $quiet reset -q --hard && $quiet clean -fdq || exit 90
+done
+head -c 300 "$patch.first" && exit 1
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """Two tests at the end of one test file."""
+
+    passing: str
+    failing: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """What one run of the script says."""
+
+    started: bool = False
+    tests: str = ""  # what stands between the marks
+    code: int | None = None  # exit code of the test command, None where it did not come to its end
+    marks: int = 0  # ends: more than one is a forgery
+
+
+class ApplyFailed(Exception):
+    """The patch does not fit; one line of git's."""
+
+
+Canaries = Mapping[str, Canary]  # by path
+
+
+def mine(answer: Answer) -> bool:
+    """Whether an answer is to be graded by its own script."""
+    return scripts.START in answer.script and scripts.END in answer.script
+
+
+def decisive(answer: Answer) -> tuple[str, ...]:
+    """The tests that a verdict is about."""
+    return (*answer.fail_to_pass, *answer.pass_to_pass, *answer.expected_failures)
+
+
+def admitted(patch: str, answer: Answer) -> tuple[str, tuple[str, ...]]:
+    """(the part of a patch that is graded, the paths that are not). ValueError if it is no diff of git."""
+    tests = {*diffs.paths(answer.test_patch), *(file.path for file in answer.files)}
+    tests |= {_file(test) for test in decisive(answer) if ".py::" in test}
+    kept, dropped = [], []
+    for change in diffs.changes(patch):
+        named = [path for path in (change.before, change.after) if path is not None]
+        bad = [path for path in named if _protected(path, tests) or (change.before is None and _shadows(path))]
+        dropped += bad
+        if not bad:
+            kept.append(change.text)
+    return "".join(kept), tuple(dict.fromkeys(dropped))
+
+
+def _protected(path: str, tests: set[str]) -> bool:
+    pure = PurePosixPath(path)
+    homes = [PurePosixPath(test) for test in tests]
+    folders = {folder for home in homes for folder in home.parents if folder.name in _FOLDERS}
+    return (
+        pure.name in _RUNNER | _START_UP
+        or pure.suffix in (".pth", ".pyc")
+        or any(pure == home or pure in home.parents or home in pure.parents for home in homes)
+        or any(folder in pure.parents for folder in folders)
+    )
+
+
+def _shadows(path: str) -> bool:
+    """Whether a new file would stand in for a module that Python or the runner loads."""
+    parts = PurePosixPath(path).parts
+    return any(part.split(".")[0] in _SHADOWED for part in (parts[0], *(parts[1:2] if parts[0] == "src" else ())))
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
+
+
+async def run(box: Sandbox, patch: str, answer: Answer, *, timeout_s: float) -> tuple[Log, ExecResult, Canaries]:
+    """Apply, lay out, run. ApplyFailed if the patch does not fit; SandboxError if the script did not come to start."""
+    if patch:
+        await _apply(box, patch)
+    for file in answer.files:
+        if f"b/{file.path}" not in answer.script:  # else the script makes it, and expects that it is not there
+            await box.write(file.path, file.text.encode())
+    nonce, canaries = secrets.token_hex(16), hatched(answer)
+    script = armed(answer.script, nonce, canaries)
+    result = await box.exec(["bash", "-c", _RUN], stdin=script.encode(), timeout=timeout_s, output_bytes=OUTPUT_BYTES)
+    log = read(result.output.decode(errors="replace"), nonce)
+    if not log.started and not (result.timed_out or result.oom or result.disk_full):
+        raise SandboxError(
+            f"the script of the tests did not come to them (exit code {result.exit_code}): {_tail(result)}"
+        )
+    return log, result, canaries
+
+
+async def _apply(box: Sandbox, patch: str) -> None:
+    done = await box.exec(_APPLY, stdin=patch.encode(errors="surrogateescape"))
+    if done.exit_code == 1:
+        raise ApplyFailed(done.output.decode(errors="replace").strip().split("\n")[0])
+    if done.exit_code != 0:
+        raise SandboxError(f"the patch could not be tried (exit code {done.exit_code}): {_tail(done)}")
+
+
+def _tail(result: ExecResult) -> str:
+    return " ".join(result.output[-400:].decode(errors="replace").split())
+
+
+def hatched(answer: Answer) -> Canaries:
+    """A canary for each file of tests that pytest runs by its name."""
+    tests = [test for test in decisive(answer) if ".py::" in test]
+    if "pytest" not in _between(answer.script) or answer.eval_type != "pass_and_fail":
+        return {}
+    words = sorted({word for test in tests for word in re.findall("[a-z]{3,}", test.lower())})
+    found = {}
+    for path in dict.fromkeys(map(_file, tests)):
+        names = ["_".join(["test", secrets.choice(words), secrets.token_hex(4)]) for _ in range(2)]
+        product = secrets.randbelow(900) + 100
+        bodies = sorted(zip(names, (product, product + 1), strict=True))  # the order tells nothing
+        text = "".join(f"\n\ndef {name}():\n    assert {product} == {value}\n" for name, value in bodies)
+        found[path] = Canary(passing=names[0], failing=names[1], text=text)
+    return found
+
+
+def _between(script: str) -> str:
+    return script.partition(scripts.START)[2].partition(scripts.END)[0]
+
+
+def armed(script: str, nonce: str, canaries: Canaries) -> str:
+    """The script with canaries laid before the tests start, and marks of its own around them."""
+    lines = script.split("\n")
+    start = next(place for place, line in enumerate(lines) if scripts.START in line)
+    end = max(place for place, line in enumerate(lines) if scripts.END in line)
+    laid = []
+    for path, canary in canaries.items():
+        name = shlex.quote(path)
+        laid += [f"[ -f {name} ] && cat >> {name} <<'EOF_{nonce}'", canary.text, f"EOF_{nonce}"]
+    before, tests, after = lines[:start], lines[start + 1 : end], lines[end + 1 :]
+    return "\n".join([*before, *laid, f"echo '{nonce} start'", *tests, f'echo "{nonce} end $?"', *after])
+
+
+def read(log: str, nonce: str) -> Log:
+    """What stands between the marks of the script."""
+    _, start, rest = f"\n{log}".partition(f"\n{nonce} start\n")
+    ends = list(re.finditer(rf"^(?:.*\D)?{nonce} end (\d+)$", rest, re.MULTILINE))
+    if not start or not ends:
+        return Log(started=bool(start), tests=rest)
+    return Log(started=True, tests=rest[: ends[0].start()], code=int(ends[0][1]), marks=len(ends))
+
+
+def statuses(log: Log, task: Task, answer: Answer) -> dict[str, str]:
+    """Test -> PASSED, FAILED, ERROR, SKIPPED or XFAIL, by the parser that the answer names."""
+    from swebench.harness.log_parsers import PARSER_REGISTRY
+    from swebench.harness.utils import make_test_spec
+
+    row = swebench.official(task, dataclasses.replace(answer, expected_failures=()))  # parsers do not ask for them
+    parse: Callable[..., Mapping[str, str]] = PARSER_REGISTRY[row["log_parser"]]
+    return dict(parse(log.tests, make_test_spec(row)))
+
+
+def judge(
+    log: Log, found: Mapping[str, str], answer: Answer, canaries: Canaries, *, limit: str
+) -> tuple[Grade, str, tuple[str, ...]]:
+    """The grade, one line that says why, and the tests that are as they should be."""
+    passed = tuple(test for test in answer.fail_to_pass if _passes(test, found, answer))
+    passed += tuple(test for test in answer.pass_to_pass if _passes(test, found, answer, lenient=True))
+    passed += tuple(test for test in answer.expected_failures if found.get(test) in _BAD)
+    if limit and log.code is None:
+        return Grade.TIMEOUT, limit, passed
+    if complaint := _contradiction(log, found, canaries):
+        return Grade.TAMPERED, complaint, passed
+    if log.code is None:
+        return Grade.UNRESOLVED, "the test command did not come to its end", passed
+    wrong = [test for test in decisive(answer) if test not in passed]
+    if not wrong:
+        return Grade.RESOLVED, "", passed
+    if limit:
+        return Grade.TIMEOUT, limit, passed
+    said = f"{len(wrong)} of {len(passed) + len(wrong)} tests, {wrong[0]}: {found.get(wrong[0], 'did not run').lower()}"
+    return Grade.UNRESOLVED, said, passed
+
+
+def _passes(test: str, found: Mapping[str, str], answer: Answer, *, lenient: bool = False) -> bool:
+    """`lenient`: an expected failure counts, as in the official harness; one that the fix should mend does not."""
+    status = found.get(test)
+    if answer.eval_type == "fail_only":  # the log names failures alone
+        return status not in _BAD
+    return status in _GOOD or (lenient and status == _EXPECTED_FAILURE)
+
+
+def _contradiction(log: Log, found: Mapping[str, str], canaries: Canaries) -> str:
+    """How the log contradicts itself, "" if it does not."""
+    if log.marks > 1:
+        return "the end of the tests was printed twice"
+    read_files = {_file(test) for test, status in found.items() if status in _GOOD}
+    for path, canary in canaries.items():
+        failing, passing = found.get(f"{path}::{canary.failing}"), found.get(f"{path}::{canary.passing}")
+        if path in read_files and failing not in _BAD:
+            return f"{path}: a test that must fail did not"
+        if path in read_files and passing not in _GOOD:
+            return f"{path}: a test that must pass did not, others did"
+    if canaries and read_files and log.code == 0:
+        return "the test command ended with exit code 0 although a test must fail"
+    return ""
