@@ -69,7 +69,7 @@ class Agent:
 class Sandbox:
     """Limits of one sandbox; `grade_*` hold where hidden tests run."""
 
-    backend: Literal["bwrap"] = "bwrap"
+    backend: Literal["bwrap", "docker"] = "bwrap"
     memory_mb: int = 4096
     pids: int = 256
     disk_mb: int = 2048

@@ -58,7 +58,7 @@ class Episodes:
         self._temperature = temperature
         self._patched = patched
         attempts.mkdir(parents=True, exist_ok=True)
-        sandbox.reap()  # what an actor that was killed here left behind
+        sandbox.reap(cfg.sandbox.backend)  # what an actor that was killed here left behind
         borrow_here(cfg.sandbox)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:

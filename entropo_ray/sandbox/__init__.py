@@ -51,7 +51,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class SandboxSpec:
-    image: str  # directory of the repository layer, holding .git; never written. Its work tree is its HEAD
+    # directory of the repository layer, holding .git (docker: an image whose working directory does); never written.
+    # Its work tree is its HEAD
+    image: str
     workdir: str = "/testbed"
     env: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
@@ -131,11 +133,15 @@ def make_sandbox(spec: SandboxSpec, *, backend: str) -> AbstractAsyncContextMana
         from entropo_ray.sandbox import bwrap
 
         return bwrap.open_bwrap(spec)
+    if backend == "docker":
+        from entropo_ray.sandbox import docker
+
+        return docker.open_docker(spec)
     if backend == "plain":
         from entropo_ray.sandbox import plain
 
         return plain.open_plain(spec)
-    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap")
+    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap or docker")
 
 
 def probe(backend: str) -> list[str]:
@@ -144,13 +150,21 @@ def probe(backend: str) -> list[str]:
         from entropo_ray.sandbox import bwrap
 
         return bwrap.probe()
+    if backend == "docker":
+        from entropo_ray.sandbox import docker
+
+        return docker.probe()
     if backend == "plain":
         return ["plain: no isolation and no limits but time; for tests only"]
-    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap")
+    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap or docker")
 
 
-def reap() -> int:
-    """Remove what killed launchers left behind (control groups); the number of sandboxes concerned. Ours alone."""
+def reap(backend: str = "bwrap") -> int:
+    """Remove what killed owners left behind (control groups, containers); the number of sandboxes. Ours alone."""
+    if backend == "docker":
+        from entropo_ray.sandbox import docker
+
+        return docker.reap()
     from entropo_ray.sandbox import cgroup
 
     return cgroup.reap(cgroup.find())

@@ -37,6 +37,7 @@ from entropo_ray.sandbox import (
     patch,
 )
 from entropo_ray.sandbox.output import Drain
+from entropo_ray.sandbox.words import unspeakable
 
 _RUNNER = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 _ANSWER_S = 60.0  # beyond what the operation itself may take
@@ -206,7 +207,7 @@ class Bwrap:
         return await self._run(request, stdin, bounds.output_bytes if output_bytes is None else output_bytes)
 
     async def _run(self, request: dict[str, Any], stdin: bytes | None, output_bytes: int) -> ExecResult:
-        if complaint := _unspeakable(request):
+        if complaint := unspeakable([*request["argv"], request["cwd"], *request["env"], *request["env"].values()]):
             return ExecResult(126, complaint, len(complaint), False, False, False, False, 0.0)
         async with self._turn:
             reading, writing = os.pipe()
@@ -241,7 +242,7 @@ class Bwrap:
 
     async def _file(self, path: str, mode: int | None) -> Any:
         request = {"do": "file", "path": self._path(path), "mode": mode}
-        if _unspeakable({"argv": [path]}):
+        if unspeakable([path]):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         async with self._turn:
             _, (fd,) = await self._ask(request)
@@ -313,19 +314,6 @@ async def _trial() -> list[str]:
     if result.exit_code == 0:
         return []
     return [f"bwrap: python, pytest or git does not run inside: {result.output.decode(errors='replace').strip()}"]
-
-
-def _unspeakable(request: Mapping[str, Any]) -> bytes:
-    """Why these words cannot be given to a program (policies write anything); empty if they can."""
-    words = [*request["argv"], *request.get("env", {}), *request.get("env", {}).values(), request.get("cwd", "")]
-    if any("\0" in word for word in words):
-        return b"bash: the command holds a NUL character\n"
-    try:
-        for word in words:
-            os.fsencode(word)
-    except UnicodeEncodeError:
-        return b"bash: the command holds a lone surrogate\n"
-    return b""
 
 
 def _raise(reply: Mapping[str, Any]) -> None:
