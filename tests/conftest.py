@@ -1,4 +1,7 @@
-"""One Ray cluster for all tests that need one: a second in the same process would inherit the first one's actors."""
+"""One Ray cluster and one Docker engine for all tests that need one: starting them takes seconds.
+
+A second cluster in the same process would inherit the actors of the first.
+"""
 
 import os
 import shutil
@@ -30,3 +33,12 @@ def cluster():
     yield context.address_info["address"]
     ray.shutdown()
     shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def docker_host():
+    """Address of a Docker engine, which DOCKER_HOST names meanwhile."""
+    import engine
+
+    with engine.running() as address:
+        yield address

@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import engine
 import pytest
 
 from entropo_ray import config
@@ -66,10 +67,12 @@ def needs_groups() -> None:
         pytest.skip("; ".join(probe("bwrap")))
 
 
-@pytest.fixture(params=["bwrap", "plain"])
+@pytest.fixture(params=["bwrap", "plain", pytest.param("docker", marks=pytest.mark.docker)])
 def backend(request):
     if request.param == "bwrap":
         needs_bwrap()
+    if request.param == "docker":
+        request.getfixturevalue("docker_host")
     return request.param
 
 
@@ -106,7 +109,9 @@ def own_image(image, tmp_path):
 
 
 def inside(image, work, *, backend="bwrap", limits=SMALL, **spec):
-    """What `work(sandbox)` returns in a sandbox of its own."""
+    """What `work(sandbox)` returns in a sandbox of its own (docker: on an image of the same content)."""
+    if backend == "docker":
+        image = engine.image_of(image)
 
     async def whole():
         async with open_sandbox(SandboxSpec(image, limits=limits, **spec), backend=backend) as sandbox:
