@@ -1,6 +1,6 @@
 # make iterate   environment, task pack, seed policy, EntroPO rounds (conf/local.yaml); every part resumes
 # make evaluate  verifier and best-of-N on held-out tasks, for the seed policy and the trained one
-# make test      environment and the whole test suite
+# make test      environment and the whole test suite (tests of Docker sandboxes where an engine can be had)
 PYTHON ?= python3
 CONF   ?= conf/local.yaml
 WORDS  ?=
@@ -10,7 +10,7 @@ PY     := $(VENV)/bin/python
 KIND   ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 STAMP  := $(VENV)/.installed-$(KIND)
 
-.PHONY: iterate evaluate test lint env bubblewrap lock clean
+.PHONY: iterate evaluate test lint env bubblewrap engine lock clean
 iterate: env bubblewrap
 	$(PY) jobs/pack.py $(CONF) $(WORDS)
 	$(PY) jobs/sft.py $(CONF) $(WORDS)
@@ -21,7 +21,7 @@ evaluate: env bubblewrap
 	$(PY) jobs/evaluate.py $(CONF) $(WORDS) evaluate.name=seed 'evaluate.model=$${run_dir}/seed/policy'
 	$(PY) jobs/evaluate.py $(CONF) $(WORDS)
 
-test: env bubblewrap
+test: env bubblewrap engine
 	$(PY) -m pytest -q -m "not slow"
 
 lint: env
@@ -46,6 +46,13 @@ endif
 bubblewrap:
 	@command -v bwrap >/dev/null || { if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq bubblewrap git >/dev/null; \
 	  else echo "error: bubblewrap is missing; install it: sudo apt-get install bubblewrap" >&2; exit 2; fi; }
+
+# for the tests of Docker sandboxes alone, which skip without it
+engine:
+	@{ command -v debootstrap && { command -v dockerd || [ -n "$$DOCKER_HOST" ] || [ -S /var/run/docker.sock ]; }; } >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  timeout 300 apt-get install -y -qq --no-install-recommends --no-remove docker.io debootstrap; } >/dev/null 2>&1 </dev/null || \
+	  echo "note: no Docker engine can be had here (as root on Debian: apt-get install docker.io debootstrap); its tests are skipped"
 
 # the CPU lock again, from what pyproject.toml asks for; look at the difference before committing it
 lock:

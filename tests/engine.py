@@ -44,7 +44,7 @@ def running() -> Iterator[str]:
     with _own() as address, pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCKER_HOST", address)
         yield address
-        _forget()
+        _tags.clear()
 
 
 @contextlib.contextmanager
@@ -132,33 +132,15 @@ def _sweep(place: Path) -> None:
 
 def image_of(directory: str | Path, workdir: str = "/testbed") -> str:
     """An image of the engine in DOCKER_HOST whose working directory holds what `directory` does."""
-    files = _tar((Path(directory), "tree"))
-    return _built(f"FROM {_runner()}\nCOPY tree {workdir}\nWORKDIR {workdir}\nSTOPSIGNAL SIGKILL\n", files)
-
-
-def _runner() -> str:
-    """Debian's Python with the test runner that runs us."""
-    if "runner" not in _tags:
-        packages = [Path(name) for name in bwrap._runner()["packages"]]
-        files = _tar(*((path, f"packages/{path.name}") for path in packages))
-        _tags["runner"] = _built(f"FROM {_base()}\nCOPY packages /usr/lib/python3/dist-packages\n", files)
-    return _tags["runner"]
-
-
-def _tar(*entries: tuple[Path, str]) -> dict[str, Path]:
-    return {name: path for path, name in entries}
-
-
-def _built(dockerfile: str, files: dict[str, Path]) -> str:
     import docker
 
+    dockerfile = f"FROM {_base()}\nCOPY tree {workdir}\nWORKDIR {workdir}\nSTOPSIGNAL SIGKILL\n".encode()
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as archive:
-        for name, path in files.items():
-            archive.add(path, name, filter=lambda entry: None if "__pycache__" in entry.name else entry)
+        archive.add(directory, "tree")
         header = tarfile.TarInfo("Dockerfile")
         header.size = len(dockerfile)
-        archive.addfile(header, io.BytesIO(dockerfile.encode()))
+        archive.addfile(header, io.BytesIO(dockerfile))
     digest = hashlib.sha256(context.getvalue()).hexdigest()[:16]
     if digest not in _tags:
         context.seek(0)
@@ -169,18 +151,28 @@ def _built(dockerfile: str, files: dict[str, Path]) -> str:
 
 
 def _base() -> str:
-    """The bare Debian: in the engine, else from the cached tar, else made now."""
+    """Debian's Python with the test runner that runs us: in the engine already, else of the cached Debian."""
     import docker
 
     client = docker.from_env(timeout=_BUILD_S)
-    reference = f"{PREFIX}-base:{_RELEASE}"
+    reference = f"{PREFIX}-base:pytest-{pytest.__version__}"
     with contextlib.suppress(docker.errors.ImageNotFound):
         return client.images.get(reference).tags[0]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "entropo_ray", f"{_RELEASE}.tar")
     if not cache.is_file():
         _make_base(cache)
-    client.api.import_image(src=str(cache), repository=f"{PREFIX}-base", tag=_RELEASE)
-    return client.images.get(reference).tags[0]
+    with tempfile.NamedTemporaryFile(prefix=f"{PREFIX}-") as whole:
+        shutil.copyfile(cache, whole.name)
+        with tarfile.open(whole.name, "a") as archive:
+            for package in map(Path, bwrap._runner()["packages"]):
+                archive.add(package, f"./usr/lib/python3/dist-packages/{package.name}", filter=_lasting)
+        repository, _, tag = reference.partition(":")
+        client.api.import_image(src=whole.name, repository=repository, tag=tag)
+    return reference
+
+
+def _lasting(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if "__pycache__" in entry.name else entry
 
 
 def _make_base(cache: Path) -> None:
