@@ -360,9 +360,9 @@ def test_reaping_removes_what_a_killed_owner_left_and_nothing_else(image):
     spec = SandboxSpec(image)
     made = {
         "foreign": {"other.owner": "x"},
-        "late": backend._labels(spec, "rollout", -1000),
-        "never started": backend._labels(spec, "rollout", 1000),
-        "another machine's": backend._labels(spec, "rollout", 1000) | {"entropo.host": "x", "entropo.owner": "1-2-3"},
+        "late": backend._labels(spec, -1000),
+        "never started": backend._labels(spec, 1000),
+        "another machine's": backend._labels(spec, 1000) | {"entropo.host": "x", "entropo.owner": "1-2-3"},
     }
     boxes = {name: client.containers.create(image, ["true"], labels=labels) for name, labels in made.items()}
     try:

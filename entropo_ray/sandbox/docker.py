@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import math
 import mmap
 import os
@@ -28,44 +27,36 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from entropo_ray.sandbox import (
     BackendDown,
     CapacityError,
-    ExecResult,
     ImageMissing,
     Limits,
-    Patch,
     Sandbox,
     SandboxError,
     SandboxLost,
     SandboxSpec,
     cgroup,
-    patch,
 )
-from entropo_ray.sandbox.attached import GATE, Attached, Sink, Source
-from entropo_ray.sandbox.output import Capture
+from entropo_ray.sandbox.attached import GATE
+from entropo_ray.sandbox.container import Docker, threaded
+from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.stage import AGENT, INODES
-from entropo_ray.sandbox.words import unspeakable
-
-T = TypeVar("T")
 
 _KEEPER = AGENT + 1  # user of the first process
 _ANSWER_S = 60.0  # one request to the engine
-_START_S = 60.0  # from there until a command begins
 _FILL_S = 300.0
-_GRACE_S = 20.0  # for the end of what was killed
 _LATE_S = 60  # past its deadline, a container is anyone's to remove
 _SEEDS = 8  # work trees kept in temporary files
 _OPEN_FILES = 4096
-_WORD_BYTES, _WORDS_BYTES = (128 << 10) - 1, 1 << 20  # the kernel's bounds of one argument, and (half) of all
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAMES = "/opt/entropo"  # holds `python` where the image has only python3
+_NO_ROOM = ("no space left", "cannot allocate memory", "resource temporarily unavailable", "too many open files")
 _ENV = {
     "HOME": "/home/agent",
     "USER": "agent",
@@ -88,58 +79,9 @@ command -v python >/dev/null || ln -s "$(command -v python3)" {_NAMES}/python
 trap '' CHLD
 exec sleep "$1"
 """
-_RUN = f"""{GATE}
-exec 2>&1
-cd -- "$1" || exit 126
-shift
-exec 3>&1 >/dev/null 2>&1  # of a shell that tells how its child was killed, nothing is wanted
-(exec >&3 2>&1 3>&-; exec -- "$@")
-code=$?
-kill -9 -1
-exit $code
-"""
-_SETTLE = f"""{GATE}
-kill -9 -1
-cat /sys/fs/cgroup/memory/memory.oom_control /sys/fs/cgroup/memory.events 2>/dev/null
-stat -f -c 'free %f %d' "$@"
-echo settled
-"""
-_SETTLED = b"settled\n"
 _FILL = f"""{GATE}
 exec tar -xpf - -C "$1" 2>&1
 """
-_READ = f"""{GATE}
-[ ! -e "$1" ] || [ -f "$1" ] || {{ [ -d "$1" ] && echo ': Is a directory' || echo ': Invalid argument'; exit 1; }}
-[ -f "$1" ] && size=$(stat -L -c %s -- "$1") && [ "$size" -gt "$2" ] && echo "$size" && exit 3
-exec cat -- "$1" 2>&1
-"""
-_WRITE = f"""{GATE}
-exec 2>&1
-[ ! -e "$1" ] || [ -f "$1" ] || {{ [ -d "$1" ] && echo ': Is a directory' || echo ': Invalid argument'; exit 1; }}
-mkdir -p -- "${{1%/*}}/" && cat > "$1" && chmod -- "$2" "$1"
-"""
-# names of what the agent may not read itself, then everything else; nothing runs meanwhile
-_PACK = f"""{GATE}
-cd -- "$1" || exit 1
-find . -path ./.git -prune -o ! -type l \\( ! -readable -o -type d ! -executable \\) -printf '%y%p\\0'
-printf '\\0'
-tar -cf - --format=posix --sparse --ignore-failed-read --anchored --exclude=./.git .
-[ $? -le 1 ]
-"""
-_UNPACK = (
-    GATE
-    + r"""
-closed=()
-while IFS= read -r -d '' name && [ "$name" ]; do closed+=("$name"); done
-mkdir "$1.part" && cd "$1.part" || exit 1
-for name in "${closed[@]}"; do
-    path=${name:1}
-    if [ "${name:0:1}" = d ]; then mkdir -p -- "$path"; else mkdir -p -- "${path%/*}" && : > "$path"; fi
-    chmod 0 -- "$path" || exit 1
-done
-tar -xpf - && mv "$1.part" "$1"
-"""
-)
 
 
 @dataclass(frozen=True)
@@ -171,10 +113,15 @@ def _asking(what: str, *, missing: type[SandboxError] = SandboxLost) -> Iterator
         text = f"{what}: {error.explanation or error}"
         if error.status_code == 409:
             raise SandboxLost(text) from error
-        room = ("no space left", "cannot allocate memory", "resource temporarily unavailable", "too many open files")
-        raise (CapacityError if any(words in text.lower() for words in room) else SandboxError)(text) from error
+        raise (CapacityError if _no_room(text) else SandboxError)(text) from error
     except (errors.DockerException, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE, errno.ENOMEM):  # here, not there
+            raise CapacityError(f"{what}: {error}") from error
         raise BackendDown(f"{what}: the Docker engine does not answer: {error}") from error
+
+
+def _no_room(text: str) -> bool:
+    return any(words in text.lower() for words in _NO_ROOM)
 
 
 class Engine:
@@ -227,7 +174,7 @@ class Engine:
     def _fetch(self, image: Image, spec: SandboxSpec) -> Seed:
         from docker import errors
 
-        labels = _labels(spec, "seed", _FILL_S)
+        labels = _labels(replace(spec, labels={**spec.labels, "role": "seed"}), _FILL_S)
         with _asking(f"work directory of image {spec.image}"), tempfile.TemporaryFile() as file:
             source = self.client.containers.create(image.id, command=["true"], network_mode="none", labels=labels)
             try:
@@ -243,15 +190,69 @@ class Engine:
             raise ImageMissing(f"{spec.image}: no such repository layer (an image whose {spec.workdir} holds .git)")
         return seed
 
-    def create(self, name: str, **settings: Any) -> None:
-        """Make a container and start it; one that fails half-way is removed, or left to the reaper."""
-        with _asking(f"creating {name}", missing=ImageMissing):
-            try:
+    def agents(self, spec: SandboxSpec, life_s: float) -> Machine:
+        """A container with the image's work directory in it, the agent's to change."""
+        image = self.image(spec)
+        seed = self.seed(image, spec)
+        eighth = (spec.limits.disk_mb << 20) // 8
+        places = {spec.workdir: 4 * eighth + seed.size, "/tmp": 2 * eighth, "/home/agent": eighth}
+        machine = self._start(_settings(spec, image, seed, places, life_s), places, life_s)
+        try:
+            code, said = machine.script(_FILL, spec.workdir, timeout_s=_FILL_S, source=seed.tar)
+            if code != 0:
+                what = said.text().decode(errors="replace").strip() or f"exit code {code}"
+                raise SandboxError(f"{spec.image}: its {spec.workdir} cannot be copied: {what}")
+        except BaseException:
+            machine.remove()
+            raise
+        return machine
+
+    def clean(self, spec: SandboxSpec) -> Machine:
+        """A container with room for a copy of a work tree and the objects of its changes."""
+        image = self.image(spec)
+        seed = self.seed(image, spec)
+        room = Seed(seed.tar, 2 * seed.size + (4 * spec.limits.disk_mb << 20), 2 * (seed.inodes + INODES))
+        places, life_s = {"/tmp": room.size}, 4 * spec.limits.exec_s + _FILL_S
+        own = replace(spec, labels={**spec.labels, "role": "extract"}, env={})
+        return self._start(_settings(own, image, room, places, life_s), places, life_s)
+
+    def _start(self, settings: dict[str, Any], places: Mapping[str, int], life_s: float) -> Machine:
+        """One that fails half-way is removed, or left to the reaper: it was labelled when it was made."""
+        name = f"entropo-{uuid.uuid4().hex[:16]}"
+        if life_s <= 0:
+            raise SandboxLost(f"{name}: its life is over")
+        try:
+            with _asking(f"creating {name}", missing=ImageMissing):
                 self.client.containers.create(name=name, **settings)
                 self.client.api.start(name)
-            except BaseException:
-                self.remove(name)
-                raise
+        except BaseException:
+            self.remove(name)
+            raise
+        return Machine(self, name, [*places, "/dev/shm"], life_s)
+
+    def begin(self, name: str, words: Sequence[str], env: Mapping[str, str]) -> tuple[socket.socket, str]:
+        """Start a command as the agent; its connection and its key."""
+        api = self.client.api
+        how = {"stdin": True, "stderr": False, "user": f"{AGENT}:{AGENT}", "environment": dict(env), "workdir": "/"}
+        with _asking(name):
+            key = api.exec_create(name, list(words), **how)["Id"]
+            stream = api.exec_start(key, socket=True)
+            connection = socket.socket(fileno=os.dup(stream.fileno()))
+            stream.close()
+        return connection, key
+
+    def exit_code(self, name: str, key: str) -> int | None:
+        """None as long as the command runs."""
+        with _asking(name):
+            facts = self.client.api.exec_inspect(key)
+        return None if facts["Running"] else facts["ExitCode"]
+
+    def running(self, name: str) -> bool:
+        try:
+            with _asking(name):
+                return bool(self.client.api.inspect_container(name)["State"]["Running"])
+        except SandboxLost:
+            return False
 
     def remove(self, name: str) -> None:
         """Idempotent, never raises: what stays is labelled, and its deadline passes."""
@@ -287,12 +288,12 @@ def _host() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _labels(spec: SandboxSpec, role: str, life_s: float) -> dict[str, str]:
+def _labels(spec: SandboxSpec, life_s: float) -> dict[str, str]:
     """What a container is known by from the moment of its creation."""
     given = {f"entropo.{key}": value for key, value in spec.labels.items()}
     ours = {"entropo.owner": cgroup.label(os.getpid()), "entropo.host": _host()}
     ours["entropo.deadline"] = str(math.ceil(time.time() + life_s) + _LATE_S)
-    return {"entropo.role": role, **given, **ours}
+    return {"entropo.role": "rollout", **given, **ours}
 
 
 def _in_use(labels: Mapping[str, str]) -> bool:
@@ -314,363 +315,35 @@ def engine() -> Engine:
         return _engines[0]
 
 
-class Machine:
-    """One running container; its methods block."""
-
-    def __init__(self, engine: Engine, name: str, places: Sequence[str], life_s: float) -> None:
-        self._engine, self._name, self._places = engine, name, places
-        self._until = time.monotonic() + life_s
-        self._kills = 0
-
-    def remove(self) -> None:
-        self._engine.remove(self._name)
-
-    def script(
-        self, text: str, *words: str, timeout_s: float, source: Source = b"", output_bytes: int = 1 << 16
-    ) -> tuple[int, Capture]:
-        """One of our scripts to its end, which nothing of it outlives. SandboxError if it takes too long."""
-        kept = Capture(output_bytes)
-        return self.stream(text, *words, timeout_s=timeout_s, source=source, sink=kept.feed), kept
-
-    def stream(self, text: str, *words: str, timeout_s: float, sink: Sink, source: Source = b"") -> int:
-        with self._attached(["bash", "-c", text, "bash", *words], {"LC_ALL": "C"}, source, sink) as (attached, key):
-            if not self._ended(attached, timeout_s):
-                self._settle()
-                raise SandboxError(f"{self._name}: a script of ours took more than {timeout_s:.0f} s")
-            return self._exit_code(key)
-
-    def command(
-        self,
-        argv: Sequence[str],
-        *,
-        cwd: str,
-        env: Mapping[str, str],
-        stdin: bytes,
-        timeout_s: float,
-        output_bytes: int,
-        cut: threading.Event,
-    ) -> ExecResult:
-        """A command of the agent; every process that it started is gone afterwards."""
-        kept = Capture(output_bytes)
-        with self._attached(["bash", "-c", _RUN, "bash", cwd, *argv], env, stdin, kept.feed, cut) as (attached, key):
-            ended = self._ended(attached, timeout_s)
-            oom, full = self._settle()
-            if not ended:
-                cut.clear()
-                self._ended(attached, time.monotonic() - attached.began + _GRACE_S)
-            code = self._exit_code(key) if ended else None
-            seconds = time.monotonic() - attached.began
-        return ExecResult(code, kept.text(), kept.total, kept.truncated, code is None, oom, full, seconds)
-
-    @contextlib.contextmanager
-    def _attached(
-        self,
-        words: Sequence[str],
-        env: Mapping[str, str],
-        source: Source,
-        sink: Sink,
-        cut: threading.Event | None = None,
-    ) -> Iterator[tuple[Attached, str]]:
-        """A started command and its key."""
-        api, user = self._engine.client.api, f"{AGENT}:{AGENT}"
-        try:
-            with _asking(self._name):
-                key = api.exec_create(
-                    self._name, list(words), stdin=True, stderr=False, user=user, environment=dict(env), workdir="/"
-                )["Id"]
-                stream = api.exec_start(key, socket=True)
-        except SandboxError as error:
-            raise self._explained(error) from error
-        attached = Attached(socket.socket(fileno=os.dup(stream.fileno())), source, sink, cut or threading.Event())
-        try:
-            yield attached, key
-        finally:
-            attached.close()
-            stream.close()
-
-    def _ended(self, attached: Attached, timeout_s: float) -> bool:
-        try:
-            ended = attached.ended(timeout_s, start_s=_START_S)
-        except TimeoutError as error:
-            raise BackendDown(f"{self._name}: {error}") from error
-        if not attached.began:
-            said = attached.complaint.decode(errors="replace").strip()
-            raise self._explained(SandboxError(f"{self._name}: the engine started no command: {said or 'no reason'}"))
-        return ended
-
-    def _exit_code(self, key: str) -> int:
-        """128 + n where signal n ended it."""
-        deadline = time.monotonic() + _GRACE_S
-        with _asking(self._name):
-            while (facts := self._engine.client.api.exec_inspect(key))["Running"] or facts["ExitCode"] is None:
-                if time.monotonic() > deadline:
-                    raise BackendDown(f"{self._name}: no exit code {_GRACE_S:.0f} s after the end of a command")
-                time.sleep(0.005)
-        return int(facts["ExitCode"])
-
-    def _settle(self) -> tuple[bool, bool]:
-        """Kill every process of the agent; whether memory ran out since the last time, and whether a disk is full.
-
-        A swarm of processes can leave none for this one, for a while. What cannot be settled is destroyed.
-        """
-        deadline = time.monotonic() + _GRACE_S
-        words = ["bash", "-c", _SETTLE, "bash", *self._places]
-        while not (facts := self._facts(words, deadline - time.monotonic())):
-            if time.monotonic() > deadline:
-                self.remove()
-                raise SandboxLost(f"{self._name}: its processes could not be killed in {_GRACE_S:.0f} s")
-        kills = sum(int(words[1]) for words in facts if words[0] == b"oom_kill")
-        oom, self._kills = kills > self._kills, kills
-        return oom, any(b"0" in words[1:] for words in facts if words[0] == b"free")
-
-    def _facts(self, words: Sequence[str], timeout_s: float) -> list[list[bytes]]:
-        """What settling says, word by word; nothing if it did not come to its end."""
-        said, enough = bytearray(), threading.Event()
-
-        def listen(data: bytes) -> None:
-            said.extend(data)
-            if said.endswith(_SETTLED):
-                enough.set()  # the engine tells of no end while a killed command's output is unread
-
-        try:
-            with self._attached(words, {}, b"", listen, enough) as (attached, _):
-                self._ended(attached, max(1.0, timeout_s))
-        except (SandboxLost, BackendDown):
-            raise
-        except SandboxError:
-            return []
-        return [line.split() for line in said.splitlines()] if enough.is_set() else []
-
-    def _explained(self, error: SandboxError) -> SandboxError:
-        """What is wrong, if it is that the container is no more."""
-        if isinstance(error, BackendDown):
-            return error
-        if time.monotonic() > self._until:
-            return SandboxLost(f"{self._name}: its life is over")
-        try:
-            with _asking(self._name):
-                running = self._engine.client.api.inspect_container(self._name)["State"]["Running"]
-        except SandboxError as found:
-            return found
-        return error if running and not isinstance(error, SandboxLost) else SandboxLost(f"{self._name}: it has ended")
-
-
-_threads = ThreadPoolExecutor(256, thread_name_prefix="docker")  # each mostly waits for one command
-
-
-async def _threaded(work: Callable[[], T], cut: threading.Event | None = None) -> T:
-    """What blocks, in a thread of its own; whoever is cancelled waits until it is over, so that nothing is left."""
-    future = asyncio.get_running_loop().run_in_executor(_threads, work)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        if cut is not None:
-            cut.set()
-        await asyncio.wait([future])
-        if not future.cancelled():
-            future.exception()  # nobody is left to hear it
-        raise
-
-
-class Docker:
-    """One sandbox; see Sandbox for what its methods promise."""
-
-    def __init__(self, spec: SandboxSpec) -> None:
-        self._spec = spec
-        self._until = time.monotonic() + spec.limits.life_s
-        self._turn = asyncio.Lock()
-        self._machine: Machine | None = None
-        self._closed = False
-
-    async def open(self) -> None:
-        await _threaded(self._open)
-
-    def _open(self) -> None:
-        before, self._machine = self._machine, _agents(engine(), self._spec, self._until - time.monotonic())
-        if before is not None:
-            before.remove()
-
-    def _running(self) -> Machine:
-        if self._machine is None or self._closed:
-            raise SandboxLost("the sandbox was closed")
-        return self._machine
-
-    async def exec(
-        self,
-        cmd: str | Sequence[str],
-        *,
-        timeout: float | None = None,  # noqa: ASYNC109 (kills the command, which cancelling the wait does not report)
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        stdin: bytes | None = None,
-        output_bytes: int | None = None,
-    ) -> ExecResult:
-        argv = ["bash", "-c", cmd] if isinstance(cmd, str) else list(cmd)
-        bounds, variables = self._spec.limits, dict(env or {})
-        place = self._path(cwd or ".")
-        if complaint := _unfit([place, *argv, *variables, *variables.values()]):
-            return ExecResult(126, complaint, len(complaint), False, False, False, False, 0.0)
-        cut = threading.Event()
-        async with self._turn:
-            run = functools.partial(
-                self._running().command,
-                argv,
-                cwd=place,
-                env=variables,
-                stdin=stdin or b"",
-                timeout_s=bounds.exec_s if timeout is None else timeout,
-                output_bytes=bounds.output_bytes if output_bytes is None else output_bytes,
-                cut=cut,
-            )
-            return await _threaded(run, cut)
-
-    def _path(self, path: str) -> str:
-        return os.path.join(self._spec.workdir, path)  # noqa: PTH118 (a path inside, perhaps with ..)
-
-    async def read(self, path: str, limit: int = 1 << 20) -> bytes:
-        code, kept = await self._file(_READ, path, str(limit), output_bytes=limit + (1 << 16))
-        if code == 3:
-            raise ValueError(f"{path}: {int(kept.text())} bytes, more than the limit of {limit}")
-        if code:
-            raise _os_error(kept.text(), path)
-        return kept.text()
-
-    async def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        code, kept = await self._file(_WRITE, path, f"{mode:o}", source=data)
-        if code:
-            raise _os_error(kept.text(), path)
-
-    async def _file(
-        self, script: str, path: str, word: str, *, source: bytes = b"", output_bytes: int = 1 << 16
-    ) -> tuple[int, Capture]:
-        whole = self._path(path)
-        if unspeakable([path]):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        async with self._turn:
-            run = functools.partial(self._running().script, script, whole, word, timeout_s=self._spec.limits.exec_s)
-            return await _threaded(functools.partial(run, source=source, output_bytes=output_bytes))
-
-    async def extract_patch(self) -> Patch:
-        """In a container of its own, made of the image: nothing of ours runs git where the agent was."""
-        async with self._turn:
-            clean = await _threaded(functools.partial(_clean, engine(), self._spec))
-            try:
-                await _threaded(functools.partial(self._copy_tree, self._running(), clean))
-                return await patch.extract(functools.partial(self._run_clean, clean))
-            finally:
-                await asyncio.shield(_threaded(clean.remove))
-
-    def _copy_tree(self, machine: Machine, clean: Machine) -> None:
-        """A tree that cannot be copied is not there, and so unreadable."""
-        wait_s = self._spec.limits.exec_s
-        with tempfile.TemporaryFile() as file:
-            if machine.stream(_PACK, self._spec.workdir, timeout_s=wait_s, sink=file.write) == 0:
-                file.flush()
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tree:
-                    clean.script(_UNPACK, _TREE, timeout_s=wait_s, source=tree)
-
-    async def _run_clean(self, clean: Machine, script: str, stdin: bytes, output_bytes: int) -> ExecResult:
-        scratch = f"/tmp/{uuid.uuid4().hex}"
-        env = {"TREE": _TREE, "IMAGE": self._spec.workdir, "SCRATCH": scratch, "HOME": "/nonexistent"}
-        run = functools.partial(
-            clean.command,
-            ["bash", "-c", f'mkdir "$SCRATCH"\n{script}'],
-            cwd="/",
-            env=env,
-            stdin=stdin,
-            timeout_s=self._spec.limits.exec_s,
-            output_bytes=output_bytes,
-            cut=threading.Event(),
-        )
-        return await _threaded(run)
-
-    async def reset(self) -> None:
-        async with self._turn:
-            self._running()
-            await _threaded(self._open)
-
-    async def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            if self._machine is not None:
-                await _threaded(self._machine.remove)
-
-
-_TREE = "/tmp/tree"
-
-
-def _agents(engine: Engine, spec: SandboxSpec, life_s: float) -> Machine:
-    """A container with the image's work directory in it, the agent's to change."""
-    image = engine.image(spec)
-    seed = engine.seed(image, spec)
-    eighth = (spec.limits.disk_mb << 20) // 8
-    places = {spec.workdir: 4 * eighth + seed.size, "/tmp": 2 * eighth, "/home/agent": eighth}
-    machine = _start(engine, spec, image, "rollout", places, life_s=life_s, more=seed)
-    try:
-        code, said = machine.script(_FILL, spec.workdir, timeout_s=_FILL_S, source=seed.tar)
-        if code:
-            raise SandboxError(f"{spec.image}: {spec.workdir} cannot be copied: {said.text().decode(errors='replace')}")
-    except BaseException:
-        machine.remove()
-        raise
-    return machine
-
-
-def _clean(engine: Engine, spec: SandboxSpec) -> Machine:
-    """A container with room for a copy of a work tree and the objects of its changes."""
-    image = engine.image(spec)
-    seed = engine.seed(image, spec)
-    room = Seed(seed.tar, 2 * seed.size + (4 * spec.limits.disk_mb << 20), 2 * (seed.inodes + INODES))
-    return _start(
-        engine, spec, image, "extract", {"/tmp": room.size}, life_s=4 * spec.limits.exec_s + _FILL_S, more=room
-    )
-
-
-def _start(
-    engine: Engine,
-    spec: SandboxSpec,
-    image: Image,
-    role: str,
-    places: Mapping[str, int],
-    *,
-    life_s: float,
-    more: Seed,
-) -> Machine:
-    """A container that lives for `life_s`, with these writable places and `more` memory and files than the limits."""
-    name = f"entropo-{uuid.uuid4().hex[:16]}"
-    bounds = spec.limits
-    if life_s <= 0:
-        raise SandboxLost(f"{name}: its life is over")
-    labels = _labels(spec, role, life_s)
-    if role == "extract":
-        labels["entropo.role"] = role
-    small = dict.fromkeys(image.volumes, 1 << 20)
-    engine.create(
-        name,
-        image=image.id,
-        entrypoint=["bash", "-c", _KEEP, "bash", f"{life_s:.3f}"],
-        labels=labels,
-        user=f"{_KEEPER}:{_KEEPER}",
-        working_dir="/",
-        hostname="sandbox",
-        environment={**_ENV, **spec.env, "PATH": image.path},
-        tmpfs={place: _tmpfs(size, AGENT, INODES + more.inodes) for place, size in {**small, **places}.items()}
+def _settings(spec: SandboxSpec, image: Image, more: Seed, places: Mapping[str, int], life_s: float) -> dict[str, Any]:
+    """A container that lives for `life_s`, with these writable places and `more` room and files than the limits."""
+    inodes = INODES + more.inodes
+    wide = {**dict.fromkeys(image.volumes, 1 << 20), **places}  # a volume would be a disk without bounds
+    return {
+        "image": image.id,
+        "entrypoint": ["bash", "-c", _KEEP, "bash", f"{life_s:.3f}"],
+        "labels": _labels(spec, life_s),
+        "user": f"{_KEEPER}:{_KEEPER}",
+        "working_dir": "/",
+        "hostname": "sandbox",
+        "environment": {**_ENV, **spec.env, "PATH": image.path},
+        "tmpfs": {place: _tmpfs(size, AGENT, inodes) for place, size in wide.items()}
         | {_NAMES: _tmpfs(1 << 12, _KEEPER, 8)},
-        shm_size=(bounds.disk_mb << 20) // 8,
-        **_walls(bounds, bounds.memory_mb + (more.size >> 20) + 1),
-    )
-    return Machine(engine, name, [*places, "/dev/shm"], life_s)
+        "shm_size": (spec.limits.disk_mb << 20) // 8,
+        **_walls(spec.limits, more),
+    }
 
 
 def _tmpfs(size: int, owner: int, inodes: int) -> str:
     return f"rw,exec,nosuid,nodev,size={-(-size // 1024)}k,nr_inodes={inodes},uid={owner},gid={owner},mode=755"
 
 
-def _walls(bounds: Limits, memory_mb: int) -> dict[str, Any]:
+def _walls(bounds: Limits, more: Seed) -> dict[str, Any]:
     """What keeps an agent in."""
     from docker.types import LogConfig, Ulimit
 
-    file_bytes = bounds.disk_mb << 20
+    memory_mb = bounds.memory_mb + (more.size >> 20) + 1
+    file_bytes = (bounds.disk_mb << 20) + more.size
     return {
         "network_mode": "none",
         "read_only": True,
@@ -692,27 +365,9 @@ def _walls(bounds: Limits, memory_mb: int) -> dict[str, Any]:
     }
 
 
-def _unfit(words: Sequence[str]) -> bytes:
-    """What a shell would say of words that no program can be given; empty if one can."""
-    if complaint := unspeakable(words):
-        return complaint
-    sizes = [len(os.fsencode(word)) for word in words]
-    return b"bash: Argument list too long\n" if max(sizes) > _WORD_BYTES or sum(sizes) > _WORDS_BYTES else b""
-
-
-_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
-
-
-def _os_error(said: bytes, path: str) -> OSError:
-    """The error that a tool told in the C locale's words."""
-    words = said.decode(errors="replace").strip().rpartition(": ")[2]
-    number = _NUMBERS.get(words, errno.EIO)
-    return OSError(number, os.strerror(number), path)
-
-
 @contextlib.asynccontextmanager
 async def open_docker(spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-    sandbox = Docker(spec)
+    sandbox = Docker(await threaded(engine), spec)
     try:
         await sandbox.open()
         yield sandbox
@@ -721,8 +376,14 @@ async def open_docker(spec: SandboxSpec) -> AsyncIterator[Sandbox]:
 
 
 def reap() -> int:
-    """Remove what dead owners left in the engine, and what is past its deadline; the number of containers."""
-    return engine().reap()
+    """Remove what dead owners left in the engine, and what is past its deadline; the number of containers.
+
+    An engine that does not answer keeps what it has.
+    """
+    try:
+        return engine().reap()
+    except BackendDown:
+        return 0
 
 
 def probe() -> list[str]:
