@@ -15,7 +15,7 @@ from typing import Any
 
 from entropo_ray import config, grade, observe, sandbox, store, tasks
 from entropo_ray.records import Task
-from entropo_ray.sandbox import SandboxError
+from entropo_ray.sandbox import SandboxError, docker
 from entropo_ray.tasks import local, pack
 
 Prove = Callable[[Task], Awaitable[list[str]]]  # reasons to refuse a task
@@ -35,6 +35,11 @@ def ingest(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dic
         return _numbers(len(pack.tasks(to)))
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"tasks.path={to}: exists and is no whole pack; remove it, or name another place")
+    if box.backend == "docker":
+        raise ValueError(
+            f"rollout.sandbox.backend=docker: pack.source={cfg.source} makes directories, not images; give bwrap, "
+            "or tasks.path of a pack whose images the engine has"
+        )
     _ready(box)
     partial = store.fresh(to)
     mined = local.generate(
@@ -81,6 +86,9 @@ def _ready(box: config.Sandbox) -> None:
     """Open one sandbox before anything is made. ValueError that says what is missing here."""
 
     async def trial(layer: str) -> None:
+        if box.backend == "docker":  # no directory is an image there
+            await asyncio.to_thread(docker.engine)
+            return
         async with sandbox.open_sandbox(sandbox.SandboxSpec(layer), backend=box.backend):
             pass
 

@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 import subprocess
 
+import engine
 import pytest
 
 from entropo_ray import config, grade, sandbox
@@ -509,3 +510,25 @@ def test_validate_finds_leaks(task, answer, layer, tmp_path, leak):
     found = asyncio.run(grade.validate(dataclasses.replace(task, image=str(copy)), answer, CFG, runs=1))
     assert found, leak
     assert found[0].startswith("not_one_commit" if leak == "history" else "leak_found"), found
+
+
+# on another backend
+
+
+@pytest.mark.docker
+def test_docker_gives_the_same_verdicts(docker_host, task, layer, patch_of, gold, answer):
+    boxed, cfg = dataclasses.replace(task, image=engine.image_of(layer)), dataclasses.replace(CFG, backend="docker")
+    patches = {
+        "reference": (gold, Grade.RESOLVED),
+        "wrong": (patch_of({"shop/numbers.py": PRODUCT + "\n# looked at it\n"}), Grade.UNRESOLVED),
+        "reports": (patch_of({"shop/numbers.py": PATCH_REPORTS + PRODUCT}), Grade.TAMPERED),
+        "runner": (patch_of(FILE_FORGERIES["runner"]), Grade.EMPTY),
+    }
+    for name, (patch, decision) in patches.items():
+        there, here = graded(boxed, patch, answer, cfg), graded(task, patch, answer)
+        assert there.grade is decision, (name, there)
+        assert [there.passed, there.failed, there.dropped] == [here.passed, here.failed, here.dropped], name
+    assert graded(boxed, "", answer, cfg).grade is Grade.EMPTY
+    assert asyncio.run(grade.validate(boxed, answer, cfg, runs=1)) == []
+    with pytest.raises(SandboxError):
+        graded(dataclasses.replace(task, image="entropo-test:none"), gold, answer, cfg)

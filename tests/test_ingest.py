@@ -74,6 +74,13 @@ def test_what_lies_in_the_way_is_not_removed(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_directories_are_no_images(tmp_path):
+    box = dataclasses.replace(BOX, backend="docker")
+    with pytest.raises(ValueError, match=r"rollout\.sandbox\.backend=docker: pack\.source=local"):
+        ingest.ingest(PACK, box, seed=0, to=tmp_path / "pack")
+    assert not any(tmp_path.iterdir())
+
+
 def test_one_bad_task_refuses_the_pack_and_is_named(tmp_path, monkeypatch):
     generate = local.generate
     bad = []

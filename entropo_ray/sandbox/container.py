@@ -97,6 +97,8 @@ class Docker:
         before, self._machine = self._machine, self._engine.agents(self._spec, self._until - time.monotonic())
         if before is not None:
             before.remove()
+        if self._closed:  # by someone who did not wait
+            self._machine.remove()
 
     def _running(self) -> Machine:
         if self._machine is None or self._closed:
