@@ -12,10 +12,12 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +43,7 @@ from entropo_ray.sandbox import (
     reap,
     seccomp,
 )
+from entropo_ray.sandbox.attached import Attached
 from entropo_ray.sandbox.kernel import swapped
 
 SMALL = Limits(memory_mb=192, pids=48, disk_mb=24, exec_s=20, life_s=120)
@@ -273,13 +276,66 @@ def test_a_capture_never_depends_on_the_pieces(budget, step):
     )
 
 
+def frame(data: bytes) -> bytes:
+    return b"\1\0\0\0" + len(data).to_bytes(4, "big") + data
+
+
+@contextlib.contextmanager
+def attached(source=b""):
+    """Our end of a connection to a command, its other end, and what was heard."""
+    mine, theirs = socket.socketpair()
+    heard, cut = bytearray(), threading.Event()
+    ours = Attached(mine, source, heard.extend, cut)
+    with theirs:
+        yield ours, theirs, heard, cut
+    ours.close()
+
+
+@pytest.mark.parametrize("step", [1, 3, 8, 1000])
+def test_output_never_depends_on_how_frames_arrive(step):
+    whole = b"".join(map(frame, (b"+", b"one", b"", b"\1\0\0\0two", b"x" * 500)))
+    with attached(b"given") as (ours, theirs, heard, _), ThreadPoolExecutor(1) as other:
+        theirs.settimeout(5)
+
+        def command():
+            given = theirs.makefile("rb").read()
+            for start in range(0, len(whole), step):
+                theirs.sendall(whole[start : start + step])
+            theirs.shutdown(socket.SHUT_WR)
+            return given
+
+        given = other.submit(command)
+        assert ours.ended(5, start_s=5)
+        assert given.result() == b"\ngiven"
+        assert bytes(heard) == b"one\1\0\0\0two" + b"x" * 500
+
+
+def test_a_command_that_never_began_has_no_output():
+    with attached() as (ours, theirs, heard, _):
+        theirs.sendall(frame(b"no such program"))
+        theirs.shutdown(socket.SHUT_WR)
+        assert ours.ended(5, start_s=5)
+        assert (ours.began, ours.complaint, heard) == (0.0, b"no such program", b"")
+    with attached() as (ours, _, _, _), pytest.raises(TimeoutError, match="did not begin"):
+        ours.ended(5, start_s=0.05)
+
+
+def test_waiting_ends_with_the_time_or_when_it_is_cut():
+    with attached() as (ours, theirs, heard, cut):
+        theirs.sendall(frame(b"+early"))
+        assert not ours.ended(0.05, start_s=5)
+        begin = time.monotonic()
+        cut.set()
+        assert not ours.ended(60, start_s=5)
+        assert time.monotonic() - begin < 5
+        assert heard == b"early"
+
+
 # --- walls ------------------------------------------------------------------------------------------------------------
 
 
 def test_there_is_no_network(image):
     needs_bwrap()
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         code = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"

@@ -63,12 +63,15 @@ tar -xpf - && mv "$1.part" "$1"
 )
 
 
-_threads = ThreadPoolExecutor(256, thread_name_prefix="docker")  # each mostly waits for one command
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Of one process, for a fork has none of them; each mostly waits for one command."""
+    return ThreadPoolExecutor(256, thread_name_prefix=f"docker-{process}")
 
 
 async def threaded(work: Callable[[], T], cut: threading.Event | None = None) -> T:
     """What blocks, in a thread of its own; whoever is cancelled waits until it is over, so that nothing is left."""
-    future = asyncio.get_running_loop().run_in_executor(_threads, work)
+    future = asyncio.get_running_loop().run_in_executor(_threads(os.getpid()), work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
