@@ -81,12 +81,12 @@ class Machine:
         kept = Capture(output_bytes)
         with self._attached(["bash", "-c", _RUN, "bash", cwd, *argv], env, stdin, kept.feed, cut) as (attached, key):
             ended = self._ended(attached, timeout_s)
+            seconds = time.monotonic() - attached.began
             oom, full = self._settle()
-            if not ended:
+            if not ended:  # what it had printed is still on its way
                 cut.clear()
                 self._ended(attached, time.monotonic() - attached.began + _GRACE_S)
             code = self._exit_code(key) if ended else None
-            seconds = time.monotonic() - attached.began
         return ExecResult(code, kept.text(), kept.total, kept.truncated, code is None, oom, full, seconds)
 
     @contextlib.contextmanager
@@ -131,7 +131,8 @@ class Machine:
     def _settle(self) -> tuple[bool, bool]:
         """Kill every process of the agent; whether memory ran out since the last time, and whether a disk is full.
 
-        A swarm of processes can leave none for this one, for a while. What cannot be settled is destroyed.
+        A swarm of processes can leave none for this one, for a while, and one that kills whatever appears can defend
+        itself. What cannot be settled is destroyed.
         """
         deadline = time.monotonic() + _GRACE_S
         words = ["bash", "-c", _SETTLE, "bash", *self._places]
