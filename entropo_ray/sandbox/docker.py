@@ -7,7 +7,7 @@ the repository with `.git`, whose HEAD is the base; it brings bash, GNU tar, cor
 Everything runs as the agent, a user who owns nothing of the image. The root is read-only; what can be written is a
 tmpfs, bounded and counted as memory: the working directory (filled with a copy of the image's, which is not counted),
 /tmp, /home/agent and /dev/shm share `disk_mb` as 4 : 2 : 1 : 1. The first process sleeps until the sandbox's life is
-over, as a user whom the agent cannot reach, so a container ends even if everyone here is dead.
+over, so a container ends even if everyone here is dead.
 
 Engines are reached by a Unix socket or plain TCP (DOCKER_HOST), as their root's equals: never let an agent see one.
 """
@@ -48,7 +48,6 @@ from entropo_ray.sandbox.container import Docker, threaded
 from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.stage import AGENT, INODES
 
-_KEEPER = AGENT + 1  # user of the first process
 _ANSWER_S = 60.0  # one request to the engine
 _FILL_S = 300.0
 _LATE_S = 60  # past its deadline, a container is anyone's to remove
@@ -73,13 +72,30 @@ _ENV = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 
-# an ignored SIGCHLD outlives exec: the kernel then buries whom nobody waits for, and no fork is needed to stay alive
+# The first process. Nobody of its own user can read or trace it (it is not dumpable) or kill it (it is the first); it
+# needs no fork to stay alive, or to kill everyone else, when told so from outside: no swarm can keep it from that.
+_KEEPER = """
+import ctypes, os, signal, sys, time
+
+def kill_all(*_):
+    try:
+        os.kill(-1, signal.SIGKILL)
+    except OSError:
+        pass
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries whom nobody waits for
+signal.signal(signal.SIGUSR1, kill_all)
+end = time.time() + float(sys.argv[1])
+if ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) == 0:  # PR_SET_DUMPABLE
+    while time.time() < end:
+        time.sleep(max(0.0, end - time.time()))
+"""
 _KEEP = f"""
 command -v python >/dev/null || ln -s "$(command -v python3)" {_NAMES}/python
-trap '' CHLD
-exec sleep "$1"
+exec "$(command -v python3 || command -v python)" -I -S -c "$2" "$1"
 """
 _FILL = f"""{GATE}
+while [ -O /proc/1/environ ]; do sleep 0.01; done
 exec tar -xpf - -C "$1" 2>&1
 """
 
@@ -254,6 +270,11 @@ class Engine:
         except SandboxLost:
             return False
 
+    def kill_all(self, name: str) -> None:
+        """Have the first process kill all others."""
+        with _asking(name):
+            self.client.api.kill(name, "SIGUSR1")
+
     def remove(self, name: str) -> None:
         """Idempotent, never raises: what stays is labelled, and its deadline passes."""
         with contextlib.suppress(SandboxError), _asking(f"removing {name}"):
@@ -321,21 +342,20 @@ def _settings(spec: SandboxSpec, image: Image, more: Seed, places: Mapping[str, 
     wide = {**dict.fromkeys(image.volumes, 1 << 20), **places}  # a volume would be a disk without bounds
     return {
         "image": image.id,
-        "entrypoint": ["bash", "-c", _KEEP, "bash", f"{life_s:.3f}"],
+        "entrypoint": ["bash", "-c", _KEEP, "bash", f"{life_s:.3f}", _KEEPER],
         "labels": _labels(spec, life_s),
-        "user": f"{_KEEPER}:{_KEEPER}",
+        "user": f"{AGENT}:{AGENT}",
         "working_dir": "/",
         "hostname": "sandbox",
         "environment": {**_ENV, **spec.env, "PATH": image.path},
-        "tmpfs": {place: _tmpfs(size, AGENT, inodes) for place, size in wide.items()}
-        | {_NAMES: _tmpfs(1 << 12, _KEEPER, 8)},
+        "tmpfs": {place: _tmpfs(size, inodes) for place, size in wide.items()} | {_NAMES: _tmpfs(1 << 12, 8)},
         "shm_size": (spec.limits.disk_mb << 20) // 8,
         **_walls(spec.limits, more),
     }
 
 
-def _tmpfs(size: int, owner: int, inodes: int) -> str:
-    return f"rw,exec,nosuid,nodev,size={-(-size // 1024)}k,nr_inodes={inodes},uid={owner},gid={owner},mode=755"
+def _tmpfs(size: int, inodes: int) -> str:
+    return f"rw,exec,nosuid,nodev,size={-(-size // 1024)}k,nr_inodes={inodes},uid={AGENT},gid={AGENT},mode=755"
 
 
 def _walls(bounds: Limits, more: Seed) -> dict[str, Any]:

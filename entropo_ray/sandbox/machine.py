@@ -131,8 +131,8 @@ class Machine:
     def _settle(self) -> tuple[bool, bool]:
         """Kill every process of the agent; whether memory ran out since the last time, and whether a disk is full.
 
-        A swarm of processes can leave none for this one, for a while, and one that kills whatever appears can defend
-        itself. What cannot be settled is destroyed.
+        A swarm can leave no process for this one, and one that kills whatever appears can defend itself; the first
+        process, which they cannot reach, then does it. What still cannot be settled is destroyed.
         """
         deadline = time.monotonic() + _GRACE_S
         words = ["bash", "-c", _SETTLE, "bash", *self._places]
@@ -140,6 +140,10 @@ class Machine:
             if time.monotonic() > deadline:
                 self.remove()
                 raise SandboxLost(f"{self._name}: its processes could not be killed in {_GRACE_S:.0f} s")
+            try:
+                self._engine.kill_all(self._name)
+            except SandboxError as error:
+                raise self._explained(error) from error
         kills = sum(int(words[1]) for words in facts if words[0] == b"oom_kill")
         oom, self._kills = kills > self._kills, kills
         return oom, any(b"0" in words[1:] for words in facts if words[0] == b"free")
