@@ -218,6 +218,7 @@ def _spec(task: Task, cfg: config.Sandbox) -> SandboxSpec:
     return SandboxSpec(
         image=task.image,
         workdir=task.workdir,
+        site=task.site,
         env=_ENVIRONMENT,
         limits=sandbox.limits(cfg, exec_s=cfg.grade_s),
         labels={"role": "grade", "task": task.id},

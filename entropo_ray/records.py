@@ -82,6 +82,7 @@ class Task:
     problem: str
     test_command: str
     visible: tuple[str, ...]  # test ids that pass on the untouched checkout, found by running it
+    site: str = ""  # directory of what the repository imports, beside itself (absolute once loaded); "": nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

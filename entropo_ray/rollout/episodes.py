@@ -146,7 +146,8 @@ def spec_of(request: RolloutRequest, cfg: config.Rollout) -> SandboxSpec:
     life_s = agent.wall_s + agent.extract_s + setup_s(box)
     limits = sandbox.limits(box, exec_s=max(agent.tool_s, agent.extract_s), life_s=max(box.life_s, life_s))
     labels = {"role": "episode", "task": request.task.id, "sample": str(request.sample)}
-    return SandboxSpec(image=request.task.image, workdir=request.task.workdir, limits=limits, labels=labels)
+    task = request.task
+    return SandboxSpec(task.image, workdir=task.workdir, site=task.site, limits=limits, labels=labels)
 
 
 def to_row_of(trajectory: Trajectory, task: Task) -> pa.Table:

@@ -3,8 +3,8 @@
 A command's failure, time-out, out-of-memory or full disk is a *result*. Only infrastructure raises (SandboxError), and
 is never a failed answer. Every command stands alone: its working directory and variables end with it, and so does every
 process that it started. Seen from inside: the repository at /testbed (copy-on-write), HOME=/home/agent, no network,
-`python` (the interpreter that runs us, with pytest and nothing else installed), git, bash and the host's /usr. In a
-Docker sandbox, all but the first three are the image's.
+`python` (the interpreter that runs us, with pytest and, where the spec has a site, what lies there), git, bash and the
+host's /usr. In a Docker sandbox, all but the first three are the image's.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class SandboxSpec:
     # Its work tree is its HEAD
     image: str
     workdir: str = "/testbed"
+    site: str = ""  # directory of packages, read-only at /opt/site and importable after the test runner; "": none
     env: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -55,6 +55,7 @@ _ENV = {
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
+_SITE = {"PYTHONPATH": f"{_ENV['PYTHONPATH']}:/opt/site"}
 # the package is named by hand: its __init__ would load more than a process that forks all day should carry
 _BOOT = """
 import sys, types
@@ -178,6 +179,7 @@ class Bwrap:
     async def open(self) -> None:
         bounds = self._spec.limits
         request = {"image": str(Path.cwd() / self._spec.image), "workdir": self._spec.workdir, "life_s": bounds.life_s}
+        request["site"] = str(Path.cwd() / self._spec.site) if self._spec.site else ""
         request |= {"memory_mb": bounds.memory_mb, "pids": bounds.pids, "disk_mb": bounds.disk_mb}
         await self._ask({"do": "open", **request})
 
@@ -200,7 +202,7 @@ class Bwrap:
         request = {
             "argv": argv,
             "cwd": self._path(cwd or "."),
-            "env": {**_ENV, **self._spec.env, **(env or {})},
+            "env": {**_ENV, **(_SITE if self._spec.site else {}), **self._spec.env, **(env or {})},
             "timeout": bounds.exec_s if timeout is None else timeout,
             "trusted": False,
         }
@@ -272,6 +274,8 @@ class Bwrap:
 async def open_bwrap(spec: SandboxSpec) -> AsyncIterator[Sandbox]:
     if not Path(spec.image, ".git").is_dir():  # noqa: ASYNC240 (one stat)
         raise ImageMissing(f"{spec.image}: no such repository layer (a directory that holds .git)")
+    if spec.site and not Path(spec.site).is_dir():  # noqa: ASYNC240
+        raise ImageMissing(f"{spec.site}: no such directory of packages")
     sandbox = Bwrap(await asyncio.to_thread(client), spec)
     try:
         await sandbox.open()

@@ -49,7 +49,8 @@ class Cell:
         self._after: list[Callable[[], None]] = []
 
     def _box(self) -> Box:
-        return Box(self._launcher.stage, self.spec["image"], self.spec["workdir"], self.spec["disk_mb"])
+        spec = self.spec
+        return Box(self._launcher.stage, spec["image"], spec["workdir"], spec["disk_mb"], site=spec["site"])
 
     def idle(self, then: Callable[[], None]) -> None:
         """Call `then` when no command runs; a running one is killed."""

@@ -43,6 +43,8 @@ class Plain:
         names |= {key.replace("AUTHOR", "COMMITTER"): value for key, value in names.items()}
         names |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
         names["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # in a real sandbox there are none
+        if self._spec.site:
+            names |= {"PYTHONPATH": str(Path(self._spec.site).resolve()), "TESTBED": str(self._tree)}
         return names | {"PATH": path, "HOME": str(self._directory / "home"), **self._spec.env}
 
     async def exec(
@@ -168,6 +170,8 @@ async def _end(process: asyncio.subprocess.Process, timeout_s: float) -> int | N
 async def open_plain(spec: SandboxSpec) -> AsyncIterator[Sandbox]:
     if not Path(spec.image, ".git").is_dir():  # noqa: ASYNC240
         raise ImageMissing(f"{spec.image}: no such repository layer (a directory that holds .git)")
+    if spec.site and not Path(spec.site).is_dir():  # noqa: ASYNC240
+        raise ImageMissing(f"{spec.site}: no such directory of packages")
     directory = Path(tempfile.mkdtemp(prefix="entropo-plain-")).resolve()  # noqa: ASYNC240
     sandbox = Plain(directory, spec)
     try:

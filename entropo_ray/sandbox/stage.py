@@ -1,7 +1,7 @@
 """The file system of a sandbox: one read-only skeleton per launcher, one mount namespace per sandbox.
 
     STAGE/root/            what the sandbox sees as /
-      usr etc opt          read-only, of the host or generated
+      usr etc opt          read-only, of the host or generated; opt/site: a directory of packages, if there is one
       testbed              overlay: the image below, box/upper above
       tmp home/agent       directories of the box
     STAGE/box/             private tmpfs of `disk_mb`: upper work tmp home shm
@@ -96,7 +96,7 @@ class Stage:
 class Box:
     """One sandbox's mounts. Holds descriptors only; `close` makes all of it vanish."""
 
-    def __init__(self, stage: Stage, image: str, workdir: str, disk_mb: int) -> None:
+    def __init__(self, stage: Stage, image: str, workdir: str, disk_mb: int, *, site: str = "") -> None:
         stage.mount_point(workdir)
         with stage.apart():
             kernel.mount("tmpfs", BOX, "tmpfs", _NO_DEVICES, f"mode=755,size={disk_mb}m,nr_inodes={INODES}")
@@ -107,6 +107,8 @@ class Box:
                 if stage.privileged and name in ("upper", "home"):
                     os.chown(path, AGENT, AGENT)
             _mount_repository(stage, image, f"{ROOT}{workdir}")
+            if site:
+                kernel.bind(site, f"{ROOT}/opt/site", _READ_ONLY)
             kernel.bind(f"{BOX}/tmp", f"{ROOT}/tmp", _NO_DEVICES)
             kernel.bind(f"{BOX}/home", f"{ROOT}/home/agent", _NO_DEVICES)
             self.namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -138,8 +140,10 @@ def _own_namespace() -> bool:
 
 
 def _furnish(root: Path, runner: Runner) -> None:
-    for name in ("usr", "etc", "opt/runner", "proc", "dev", "tmp", "run", "testbed", "home/agent", "opt/image", "var"):
+    for name in ("usr", "etc", "opt/runner", "proc", "dev", "tmp", "run", "testbed", "home/agent", "var"):
         (root / name).mkdir(parents=True)
+    for name in ("image", "site"):
+        (root / "opt" / name).mkdir()
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         if Path("/", name).exists():
             (root / name).symlink_to(f"usr/{name}")

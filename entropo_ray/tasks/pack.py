@@ -1,4 +1,8 @@
-"""A task pack on disk, the same for every source: tasks.jsonl, answers.jsonl, repos/<id>/, and `done`, written last."""
+"""A task pack on disk, the same for every source: tasks.jsonl, answers.jsonl, repos/<id>/, and `done`, written last.
+
+Sources with imports of their own add sites/<digest>/, what repositories import; those that know whence a task comes
+add provenance.jsonl, which no sandbox sees.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from entropo_ray.records import Answer, Task, from_row, to_row
 _TASKS = "tasks.jsonl"
 _ANSWERS = "answers.jsonl"
 _REPOS = "repos"
+_SITES = "sites"
 _DONE = "done"
 # columns that packs of before do not have
 _LATER = {f.name: f.default for f in dataclasses.fields(Answer) if f.default is not dataclasses.MISSING}
@@ -36,6 +41,11 @@ class Mined:
 def repository(to: Path, task_id: str) -> Path:
     """Where the repository of a task lies in a pack; absolute."""
     return _absolute(to) / _REPOS / task_id
+
+
+def site(to: Path, digest: str) -> Path:
+    """Where a directory of packages lies in a pack; absolute."""
+    return _absolute(to) / _SITES / digest
 
 
 def write(to: Path, mined: Sequence[Mined]) -> None:
@@ -60,10 +70,11 @@ def whole(path: Path) -> bool:
 
 
 def tasks(path: Path) -> list[Task]:
-    """The tasks of a whole pack, images made absolute."""
+    """The tasks of a whole pack, images and sites made absolute."""
     home = _absolute(path)
-    found = [from_row(Task, row) for row in _rows(path / _TASKS)]
-    return [replace(t, image=str(home / t.image)) if t.image.startswith(f"{_REPOS}/") else t for t in found]
+    found = [from_row(Task, {"site": ""} | row) for row in _rows(path / _TASKS)]  # packs of before have no site
+    found = [replace(t, image=str(home / t.image)) if t.image.startswith(f"{_REPOS}/") else t for t in found]
+    return [replace(t, site=str(home / t.site)) if t.site.startswith(f"{_SITES}/") else t for t in found]
 
 
 def answers(path: Path) -> dict[str, Answer]:
@@ -72,8 +83,12 @@ def answers(path: Path) -> dict[str, Answer]:
 
 
 def _relative(task: Task, to: Path) -> Task:
-    home = repository(to, task.id)
-    return replace(task, image=f"{_REPOS}/{task.id}") if Path(task.image) == home else task
+    image, packages = Path(task.image), Path(task.site)
+    if image == repository(to, task.id):
+        task = replace(task, image=f"{_REPOS}/{task.id}")
+    if task.site and packages == site(to, packages.name):
+        task = replace(task, site=f"{_SITES}/{packages.name}")
+    return task
 
 
 def _absolute(path: Path) -> Path:
