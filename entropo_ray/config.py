@@ -22,9 +22,8 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Pack:
-    """jobs/pack.py: where tasks come from."""
+    """jobs/pack.py: how many tasks of the local source, and how each is proved."""
 
-    source: Literal["local"] = "local"
     seed: int = 0  # of the generated tasks; a run's own seed is another, so that runs can share a pack
     count: int = 64  # training tasks
     held_out: int = 50  # tasks of the test split
@@ -34,6 +33,24 @@ class Pack:
     hidden: float = 0.08  # share of tasks that hide the type of the answer (same issue, different hidden tests)
     runs: int = 1  # times that the reference patch must pass and the empty patch must fail
     check: bool = False  # prove the pack that lies at tasks.path again, instead of making one
+
+
+@dataclass(frozen=True)
+class Source:
+    """jobs/pack.py: where tasks come from. Of all but kind, source.kind=inject alone makes use."""
+
+    kind: Literal["local", "inject"] = "local"  # inject: bugs put into Python packages that have tests
+    package: str = ""  # NAME or NAME==VERSION of the package index, or a directory; several with commas
+    count: int = 40  # tasks to keep of each package, if there are so many
+    seed: int = 0
+    tries: int = 5  # mutants run for each task that is to be kept
+    per_function: int = 3  # tasks of one function at most
+    combined: float = 0.15  # share of mutants that hold two changes of one function
+    held_out: float = 0.2  # share of tasks for the test split, if it can be had
+    held_out_by: Literal["file", "package"] = "file"  # what lies in one split whole, so that no function is in both
+    file_s: float = 5.0  # test files that run longer are left out
+    suite_s: float = 15.0  # all test files together; what is beyond is left out, by seed
+    fetch_s: float = 300.0  # one download or installation
 
 
 @dataclass(frozen=True)
@@ -269,6 +286,7 @@ class Run:
     seed: int = 0
     ray_cpus: int = 0  # logical CPUs of a local cluster; 0: what the machine has
     pack: Pack = field(default_factory=Pack)
+    source: Source = field(default_factory=Source)
     tasks: Tasks = field(default_factory=Tasks)
     rollout: Rollout = field(default_factory=Rollout)
     preference: Preference = field(default_factory=Preference)
@@ -289,6 +307,7 @@ MAY_CHANGE = (
     "compare.ratios",
     "compare.against",
     "pack.",
+    "source.",
     "rollout.engines",
     "rollout.engine_kv_mb",
     "rollout.episodes",
@@ -425,12 +444,28 @@ def _check(cfg: Run) -> None:
             f"sft.read_epochs={cfg.sft.read_epochs}: must lie between 0 and sft.epochs={cfg.sft.epochs}",
         ),
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
+        *_sourcing(cfg.source),
     ]
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
         rules += _fitting(name, fit)
     for holds, complaint in rules:
         if not holds:
             raise ValueError(complaint)
+
+
+def _sourcing(source: Source) -> list[tuple[bool, str]]:
+    counts = ((name, getattr(source, name)) for name in ("count", "tries", "per_function"))
+    bounds = ((name, getattr(source, name)) for name in ("file_s", "suite_s", "fetch_s"))
+    return [
+        (
+            source.kind != "inject" or bool(source.package.replace(",", "").strip()),
+            "source.package is empty: source.kind=inject needs a project of the package index or a directory",
+        ),
+        *((number >= 1, f"source.{name}={number}: must be at least 1") for name, number in counts),
+        *((seconds > 0, f"source.{name}={seconds}: must be above 0") for name, seconds in bounds),
+        (0 <= source.combined <= 1, f"source.combined={source.combined}: must lie in [0, 1]"),
+        (0 <= source.held_out < 1, f"source.held_out={source.held_out}: must lie in [0, 1)"),
+    ]
 
 
 def _fitting(name: str, fit: Fit) -> list[tuple[bool, str]]:

@@ -6,21 +6,16 @@ only the tests say which. Riddle: the issue leaves open what is wanted, and no v
 
 from __future__ import annotations
 
-import difflib
-import os
 import random
 import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from entropo_ray.records import Answer, File, Task
+from entropo_ray.tasks import layer
 from entropo_ray.tasks.families import FAMILIES, PAIRS, RIDDLES
 from entropo_ray.tasks.forms import Family, Pair, Riddle, edit, fill
 from entropo_ray.tasks.pack import PRACTICE, Mined, repository
@@ -46,10 +41,8 @@ _MODULES = {
     "text": ("text", "strings", "titles", "labels"),
     "table": ("tables", "records", "fields", "store"),
 }
-_DATE = "2024-01-01T12:00:00+0000"
 _SCRIPT = "python -m pytest -rA -q --tb=short -p no:cacheprovider tests\n"
 _TRIES = 200
-_GITS = 4  # git processes at once; they mostly wait
 
 _OPENINGS = (  # {says}, {f} the function, {path}, {call}, {is_} what it does, {want}
     "{says} `{call}` {is_}, it should be {want}. The function `{f}` is in\n./{path}",
@@ -133,7 +126,8 @@ def generate(
         )
         for name, family in zip(names[split], kinds, strict=False):
             mined.append(_task(name, split, family, seed=seed, drawn=drawn, to=to))
-    _repositories(mined)
+    # nobody reads a patch of practice, and two processes a task are half of a pack's time
+    layer.commit({Path(m.task.image): m.task.split != PRACTICE for m in mined})
     return mined
 
 
@@ -263,8 +257,8 @@ def _answer(task: Task, problem: Problem, cases: Cases, module: Module) -> Answe
     before = module.text(problem.broken)
     return Answer(
         task_id=task.id,
-        patch=diff(module.path, before, module.text(problem.right)),
-        alternatives=tuple(diff(module.path, before, module.text(p)) for p in problem.same),
+        patch=layer.diff(module.path, before, module.text(problem.right)),
+        alternatives=tuple(layer.diff(module.path, before, module.text(p)) for p in problem.same),
         files=(File(path=path, text=tests_text(module, hidden, "hidden_")),),
         script=_SCRIPT,
         parser="pytest",
@@ -318,53 +312,3 @@ def _visible_path(module: Module) -> str:
 
 def _ids(path: str, cases: Sequence[Case], prefix: str = "") -> list[str]:
     return [f"{path}::{name}" for name in _test_names(cases, prefix)]
-
-
-def diff(path: str, before: str, after: str) -> str:
-    """A patch that `git apply` takes."""
-    lines = difflib.unified_diff(
-        before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{path}", f"b/{path}"
-    )
-    return f"diff --git a/{path} b/{path}\n" + "".join(lines)
-
-
-def _repositories(mined: Iterable[Mined]) -> None:
-    """Make each task's directory a git repository with one commit, the same for the same files.
-
-    RuntimeError with git's own words if it fails.
-    """
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(_GITS) as pool:
-        _git(Path(scratch), "init", "--initial-branch=main", "--template=")
-        list(pool.map(partial(_repository, Path(scratch, ".git")), mined))
-
-
-def _repository(empty: Path, m: Mined) -> None:
-    """A copy of an empty repository, which is quicker than to start a new one, and one commit of all files."""
-    home = Path(m.task.image)
-    shutil.rmtree(home / ".git", ignore_errors=True)
-    shutil.copytree(empty, home / ".git")
-    if m.task.split != PRACTICE:  # nobody reads a patch there, and two processes a task are half of a pack's time
-        _git(home, "add", "--all")
-        _git(home, "commit", "--no-verify", "--message", "Start")
-
-
-def _git(home: Path, *words: str) -> None:
-    person = {"NAME": "Local Pack", "EMAIL": "local@example.com", "DATE": _DATE}
-    identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in person.items()}
-    # no user's configuration: hooks, signing or line endings would change the commit
-    alone = {
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_CONFIG_SYSTEM": os.devnull,
-        "PATH": os.environ.get("PATH", os.defpath),
-    }
-    done = subprocess.run(
-        ["git", "-c", "gc.auto=0", "-c", "core.fsync=none", *words],
-        cwd=home,
-        env=alone | identity,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"git {words[0]} in {home} failed: {done.stderr.strip()}")
