@@ -1,6 +1,7 @@
 """Task packs: make the tasks of a source, prove each in sandboxes, and keep the pack only if they hold.
 
-A pack is made beside its place and renamed, so that a pack that exists is a pack that was proved.
+A pack is made beside its place and renamed, so that a pack that exists is a pack that was proved. The local source
+knows its answers, so one task that does not hold is a defect; of injected bugs those that do not hold are left out.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entropo_ray import config, grade, observe, sandbox, store, tasks
+from entropo_ray import config, factory, grade, observe, sandbox, store, tasks
 from entropo_ray.records import Task
 from entropo_ray.sandbox import SandboxError, docker
-from entropo_ray.tasks import local, pack
+from entropo_ray.tasks import inject, layer, local, pack
+from entropo_ray.tasks.inject import Injected
 
 Prove = Callable[[Task], Awaitable[list[str]]]  # reasons to refuse a task
 
@@ -24,12 +29,16 @@ _MADE_WITH = "made_with.json"
 _TRIES = 3  # times that a validation lost to a sandbox is asked for
 
 
-def ingest(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dict[str, float]:
+def ingest(
+    cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path, source: config.Source | None = None
+) -> dict[str, float]:
     """Make the pack at `to`, unless it is there already; how many tasks it holds and how many were refused.
 
-    ValueError, one line: a task that does not hold, `to` is in the way or was made with other settings, no sandbox.
+    ValueError, one line: a task of the local source that does not hold, no task of another that does, `to` is in the
+    way or was made with other settings, a package that is not to be had, no sandbox.
     """
-    settings = _settings(cfg, seed)
+    source = source or config.Source()
+    settings = _settings(cfg, source, seed)
     if store.done(to):
         _same(settings, to)
         return _numbers(len(pack.tasks(to)))
@@ -37,18 +46,28 @@ def ingest(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dic
         raise ValueError(f"tasks.path={to}: exists and is no whole pack; remove it, or name another place")
     if box.backend == "docker":
         raise ValueError(
-            f"rollout.sandbox.backend=docker: pack.source={cfg.source} makes directories, not images; give bwrap, "
+            f"rollout.sandbox.backend=docker: source.kind={source.kind} makes directories, not images; give bwrap, "
             "or tasks.path of a pack whose images the engine has"
         )
     _ready(box)
     partial = store.fresh(to)
+    if source.kind == "local":
+        numbers = _local(cfg, box, seed=seed, to=partial)
+    else:
+        numbers = asyncio.run(_inject(cfg, source, box, partial))
+    (partial / _MADE_WITH).write_text(json.dumps(settings) + "\n")
+    partial.replace(to)
+    return numbers
+
+
+def _local(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dict[str, float]:
     mined = local.generate(
         count=cfg.count,
         held_out=cfg.held_out,
         ambiguous=cfg.ambiguous,
         hidden=cfg.hidden,
         seed=seed,
-        to=partial,
+        to=to,
         practice=cfg.practice,
         families=cfg.families,
     )
@@ -57,12 +76,66 @@ def ingest(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dic
     async def prove(task: Task) -> list[str]:
         return await grade.validate(task, answers[task.id], box, runs=cfg.runs)
 
-    # the local source knows its answers: a task that does not hold is a defect, so none is left out in silence
-    _all_hold([m.task for m in mined if m.task.id in answers], prove, where=f"pack.source={cfg.source}")
-    (partial / _MADE_WITH).write_text(json.dumps(settings) + "\n")
-    tasks.write(partial, mined)
-    partial.replace(to)
+    _all_hold([m.task for m in mined if m.task.id in answers], prove, where="source.kind=local")
+    tasks.write(to, mined)
     return _numbers(len(mined))
+
+
+async def _inject(cfg: config.Pack, source: config.Source, box: config.Sandbox, to: Path) -> dict[str, float]:
+    """Tasks of every package, those alone that hold; provenance.jsonl and report.json tell the rest."""
+    report: dict[str, Any] = {}
+    kept: list[Injected] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        benches = factory.benches(source, box, to=to, scratch=Path(scratch))
+        for bench in benches:
+            try:
+                made, facts = await factory.make(bench, source, to=to)
+            except ValueError as error:  # one package without usable tests does not spoil the others
+                observe.log.info("%s", error)
+                report[bench.project.name] = {"kept": 0, "error": str(error)}
+                continue
+            began = time.monotonic()
+            held = await _holding(made, box, runs=cfg.runs, facts=facts)
+            facts |= {"kept": len(held[: source.count]), "validate_s": round(time.monotonic() - began, 1)}
+            report[bench.project.name] = facts
+            kept += held[: source.count]
+            _forget([one for one in made if one not in held[: source.count]])
+            observe.log.info("%s: %s", bench.project.name, json.dumps(facts))
+    if not kept:
+        reasons = "; ".join(str(facts.get("error") or facts["refused"]) for facts in report.values())
+        raise ValueError(
+            f"source.package={source.package}: no task holds: {reasons}; give other packages or more tries"
+        )
+    kept = inject.split(kept, source)
+    pack.lines(to / "provenance.jsonl", (one.provenance for one in kept))
+    (to / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    tasks.write(to, [one.mined for one in kept])
+    refused = Counter(factory.refusals(report))
+    test = sum(one.mined.task.split == "test" for one in kept)
+    return _numbers(len(kept), refused) | {"test": float(test)}
+
+
+async def _holding(
+    made: Sequence[Injected], box: config.Sandbox, *, runs: int, facts: dict[str, Any]
+) -> list[Injected]:
+    """Those that hold, in order; the reasons of the others are counted in `facts`."""
+    layer.commit({Path(one.mined.task.image): True for one in made}, ignored=True)
+    answers = {one.mined.task.id: one.mined.answer for one in made}
+
+    async def prove(task: Task) -> list[str]:
+        return await grade.validate(task, answers[task.id], box, runs=runs)
+
+    refused = await _refused([one.mined.task for one in made], prove)
+    counts = Counter(facts["refused"]) + Counter(reasons[0].partition(":")[0] for reasons in refused.values())
+    facts["refused"] = dict(sorted(counts.items()))
+    for task_id, reasons in refused.items():
+        observe.log.debug("%s: refused: %s", task_id, "; ".join(reasons))
+    return [one for one in made if one.mined.task.id not in refused]
+
+
+def _forget(left_out: Sequence[Injected]) -> None:
+    for one in left_out:
+        shutil.rmtree(one.mined.task.image)
 
 
 def check(cfg: config.Pack, box: config.Sandbox, *, path: Path) -> dict[str, float]:
@@ -78,8 +151,9 @@ def check(cfg: config.Pack, box: config.Sandbox, *, path: Path) -> dict[str, flo
     return _numbers(len(suite))
 
 
-def _numbers(count: int) -> dict[str, float]:
-    return {"tasks": float(count), "refused": 0.0}
+def _numbers(count: int, refused: Mapping[str, int] | None = None) -> dict[str, float]:
+    reasons = {f"refused_{reason}": float(times) for reason, times in sorted((refused or {}).items())}
+    return {"tasks": float(count), "refused": sum(reasons.values()), **reasons}
 
 
 def _ready(box: config.Sandbox) -> None:
@@ -103,16 +177,19 @@ def _ready(box: config.Sandbox) -> None:
         raise ValueError(f"rollout.sandbox.strict=true: {problems[0]}")
 
 
-def _settings(cfg: config.Pack, seed: int) -> dict[str, Any]:
+def _settings(cfg: config.Pack, source: config.Source, seed: int) -> dict[str, Any]:
     """What a pack's bytes depend on."""
-    return {f"pack.{key}": value for key, value in config.section(cfg).items() if key not in ("check", "runs")} | {
-        "seed": seed
-    }
+    if source.kind == "inject":
+        return {f"source.{key}": value for key, value in config.section(source).items() if key != "fetch_s"}
+    made = {f"pack.{key}": value for key, value in config.section(cfg).items() if key not in ("check", "runs")}
+    return {"source.kind": source.kind, **made, "seed": seed}
 
 
 def _same(settings: Mapping[str, Any], to: Path) -> None:
     record = to / _MADE_WITH
     made = json.loads(record.read_text()) if record.is_file() else {}  # a pack of the user's own has none
+    if "pack.source" in made:  # as the key was called once
+        made["source.kind"] = made.pop("pack.source")
     for key, value in made.items():
         if settings.get(key) != value:
             raise ValueError(

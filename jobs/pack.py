@@ -2,6 +2,7 @@
 
     python jobs/pack.py conf/local.yaml [key=value ...]
     python jobs/pack.py conf/local.yaml pack.check=true     # prove an existing pack again
+    python jobs/pack.py conf/inject.yaml source.package=NAME_OR_DIRECTORY tasks.path=PACK    # bugs put into a package
 
 A pack that is whole is left as it is.
 """
@@ -14,7 +15,7 @@ def main(cfg: config.Run) -> None:
     if cfg.pack.check:
         numbers = ingest.check(cfg.pack, cfg.rollout.sandbox, path=path)
     else:
-        numbers = ingest.ingest(cfg.pack, cfg.rollout.sandbox, seed=cfg.pack.seed, to=path)
+        numbers = ingest.ingest(cfg.pack, cfg.rollout.sandbox, seed=cfg.pack.seed, to=path, source=cfg.source)
     print(f"pack: {path}  " + "  ".join(f"{key} {value:g}" for key, value in numbers.items()))
 
 

@@ -93,7 +93,7 @@ def test_one_bad_task_refuses_the_pack_and_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(local, "generate", spoiled)
     to = tmp_path / "pack"
-    with pytest.raises(ValueError, match=r"pack.source=local: task .* does not hold: gold_fails") as error:
+    with pytest.raises(ValueError, match=r"source.kind=local: task .* does not hold: gold_fails") as error:
         ingest.ingest(dataclasses.replace(PACK, count=2, held_out=0), BOX, seed=1, to=to)
     assert bad[0] in str(error.value)
     assert not to.exists()

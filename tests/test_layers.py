@@ -18,7 +18,7 @@ PACKAGE = HERE / "entropo_ray"
 FLOORS = [
     ["records", "config"],
     ["tasks", "sandbox", "chat", "store", "preference", "select", "observe", "patches", "page"],
-    ["agent", "grade", "grade_inside", "grade_script", "official"],
+    ["agent", "grade", "grade_inside", "grade_script", "official", "factory", "factory_inside"],
     ["rollout", "train", "verify", "ingest", "diversity"],
     ["evaluate", "report", "doctor", "bench", "comparison"],
     ["compare"],

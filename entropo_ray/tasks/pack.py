@@ -60,8 +60,8 @@ def write(to: Path, mined: Sequence[Mined]) -> None:
         assert m.answer.task_id == m.task.id, f"{m.task.id} has the answer of {m.answer.task_id}"
     to.mkdir(parents=True, exist_ok=True)
     (to / _DONE).unlink(missing_ok=True)
-    _lines(to / _TASKS, (to_row(_relative(m.task, to)) for m in mined))
-    _lines(to / _ANSWERS, (to_row(m.answer) for m in mined if m.task.split != PRACTICE))
+    lines(to / _TASKS, (to_row(_relative(m.task, to)) for m in mined))
+    lines(to / _ANSWERS, (to_row(m.answer) for m in mined if m.task.split != PRACTICE))
     _aside(to / _DONE, json.dumps({"tasks": len(mined)}) + "\n")
 
 
@@ -100,7 +100,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def _lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all."""
     _aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
