@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
 import random
 import secrets
@@ -32,8 +33,9 @@ from entropo_ray.tasks.inject import Bug, Candidate, Injected, Shelf, Survey
 _INSIDE = Path(__file__).with_name("factory_inside.py").read_text()
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "TZ": "UTC", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 _SAID_BYTES = 64 << 20
-_START_S = 20.0  # an interpreter, pytest and the project's imports
-_SLOWER = 4.0  # a run beside others, or with functions traced, against a quiet one
+_START_S = 15.0  # of computing: an interpreter, pytest and the project's imports
+_SLOWER = 4.0  # with functions traced, or a bug that makes things slow
+_WAIT = 4.0  # how much longer a run may take on a busy machine than it computes
 _ROUND = 8  # bugs tried at once
 _SPARE = 1.2  # tasks made for each that is asked for, since not all of them hold
 _TRIES = 3
@@ -75,7 +77,13 @@ class Workshop:
     ) -> Run:
         """Tests in a sandbox of their own; what they need beyond `seconds` is cut off. SandboxError if it dies."""
         nonce = secrets.token_hex(8)
-        order: dict[str, Any] = {"nonce": nonce, "tests": list(tests), "files": dict(files or {}), "product": list(product)}
+        order: dict[str, Any] = {
+            "nonce": nonce,
+            "tests": list(tests),
+            "files": dict(files or {}),
+            "product": list(product),
+        }
+        order |= {"cpu_s": math.ceil(_START_S + _SLOWER * seconds)}
         order |= {"collect": False, "functions": False, "explain": False} | asked
         for tries_left in reversed(range(_TRIES)):
             try:
@@ -91,7 +99,7 @@ class Workshop:
             str(self.layer),
             site=str(self.site),
             env=_ENVIRONMENT,
-            limits=sandbox.limits(self.box, exec_s=_START_S + _SLOWER * seconds),
+            limits=sandbox.limits(self.box, exec_s=_WAIT * (_START_S + _SLOWER * seconds)),
             labels={"role": "factory", "task": self.project.name},
         )
         async with self.turn, sandbox.open_sandbox(spec, backend=self.box.backend) as box:

@@ -8,14 +8,17 @@ trusted here: no policy wrote a line of them.
     collect    only say which tests there are
     files      path -> text, written first; null removes
     functions  also say which functions each test enters
+    cpu_s      the kernel ends the run when it has computed so long, however slowly it came to that
     explain    also say how each failing test called the files `product`, and what came of it
 """
 
 import inspect
 import json
 import os
+import resource
 import sys
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -41,6 +44,15 @@ class Voice:
         data = f"{self._nonce}\t{json.dumps(words)}\n".encode(errors="replace")
         while data:
             data = data[os.write(self._pipe, data) :]
+
+
+def clock() -> float:
+    """Seconds that pass for this thread, without those it waited for a processor: the same on a busy machine."""
+    try:
+        waited = int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):  # a kernel that does not count them
+        waited = 0.0
+    return time.perf_counter() - waited
 
 
 class Functions:
@@ -157,7 +169,6 @@ class Reporter:
         self._calls = Calls(set(order["product"]), files) if order["explain"] else None
         self._product = set(order["product"])
         self._outcomes: list[str] = []
-        self._seconds = 0.0
         self._compared: list[str] | None = None
 
     def pytest_load_initial_conftests(self) -> None:
@@ -182,7 +193,8 @@ class Reporter:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: Any) -> Generator[None, Any, Any]:
-        self._outcomes, self._seconds, self._compared = [], 0.0, None
+        self._outcomes, self._compared = [], None
+        began = clock()
         if self._functions:
             self._functions.entered = set()
         if self._calls:
@@ -190,14 +202,13 @@ class Reporter:
         self._trace(self._functions or self._calls)
         result = yield
         self._trace(None)
-        self._voice.say(test=item.nodeid, passed=self._outcomes == PASSED, s=round(self._seconds, 4))
+        self._voice.say(test=item.nodeid, passed=self._outcomes == PASSED, s=round(clock() - began, 4))
         if self._functions:
             self._voice.say(test=item.nodeid, entered=sorted(self._functions.entered))
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self._outcomes.append("xpassed" if hasattr(report, "wasxfail") else report.outcome)
-        self._seconds += report.duration
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -231,6 +242,7 @@ class Reporter:
 def main() -> None:
     order = json.load(sys.stdin)
     voice = Voice(order["nonce"])
+    resource.setrlimit(resource.RLIMIT_CPU, (order["cpu_s"], order["cpu_s"] + 1))
     for path, text in order["files"].items():
         if text is None:
             Path(path).unlink()

@@ -91,8 +91,10 @@ async def _inject(cfg: config.Pack, source: config.Source, box: config.Sandbox, 
             try:
                 made, facts = await factory.make(bench, source, to=to)
             except ValueError as error:  # one package without usable tests does not spoil the others
+                if len(benches) == 1:
+                    raise
                 observe.log.info("%s", error)
-                report[bench.project.name] = {"kept": 0, "error": str(error)}
+                report[bench.project.name] = {"kept": 0, "error": str(error), "refused": {}}
                 continue
             began = time.monotonic()
             held = await _holding(made, box, runs=cfg.runs, facts=facts)

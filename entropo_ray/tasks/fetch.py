@@ -200,7 +200,7 @@ def _described(word: str, tree: Path) -> Project:
     project = table.get("project", {})
     old = configparser.RawConfigParser()
     old.read_string(_text(tree / "setup.cfg"))
-    name = info["Name"] or project.get("name") or old.get("metadata", "name", fallback="") or tree.name
+    name = info["Name"] or project.get("name") or old.get("metadata", "name", fallback="") or Path(word).resolve().name
     version = info["Version"] or project.get("version") or "0"
     roots = ("src", ".") if any((tree / "src").glob("*")) else (".",)
     eggs = sorted(tree.glob("**/*.egg-info"))
