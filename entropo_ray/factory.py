@@ -36,6 +36,8 @@ _SAID_BYTES = 64 << 20
 _START_S = 15.0  # of computing: an interpreter, pytest and the project's imports
 _SLOWER = 4.0  # with functions traced, or a bug that makes things slow
 _WAIT = 4.0  # how much longer a run may take on a busy machine than it computes
+_FIND_S = 120.0
+_HOMES = ("site-packages", "dist-packages", "_vendor", "opt/site")  # where a second copy of a module would lie
 _ROUND = 8  # bugs tried at once
 _SPARE = 1.2  # tasks made for each that is asked for, since not all of them hold
 _TRIES = 3
@@ -94,14 +96,29 @@ class Workshop:
                 observe.log.info("%s: %s; %d tries left", self.project.name, error, tries_left)
         raise AssertionError("the last try returns or raises")
 
-    async def _run(self, nonce: str, order: Mapping[str, Any], seconds: float) -> Run:
-        spec = SandboxSpec(
+    async def second_copy(self) -> str:
+        """Where a sandbox shows the project's modules once more, beside the repository; "" if nowhere."""
+        if self.box.backend != "bwrap":  # without walls there is no end of places
+            return ""
+        homes = [f"*/{home}/{m}{end}" for m in self.project.modules for home in _HOMES for end in ("", ".py")]
+        wanted = [word for pattern in homes for word in ("-o", "-path", pattern)][1:]
+        async with self.turn, sandbox.open_sandbox(self._spec(_FIND_S), backend=self.box.backend) as box:
+            search = ["/", "(", "-path", "/proc", "-o", "-path", "/testbed", ")", "-prune", "-o"]
+            search += ["(", *wanted, ")", "-print", "-quit"]
+            result = await box.exec(["bash", "-c", 'exec find "$@" 2>/dev/null', "find", *search])
+        return result.output.decode(errors="replace").strip()
+
+    def _spec(self, exec_s: float) -> SandboxSpec:
+        return SandboxSpec(
             str(self.layer),
             site=str(self.site),
             env=_ENVIRONMENT,
-            limits=sandbox.limits(self.box, exec_s=_WAIT * (_START_S + _SLOWER * seconds)),
+            limits=sandbox.limits(self.box, exec_s=exec_s),
             labels={"role": "factory", "task": self.project.name},
         )
+
+    async def _run(self, nonce: str, order: Mapping[str, Any], seconds: float) -> Run:
+        spec = self._spec(_WAIT * (_START_S + _SLOWER * seconds))
         async with self.turn, sandbox.open_sandbox(spec, backend=self.box.backend) as box:
             words = ["python", "-P", "-c", _INSIDE]
             result = await box.exec(words, stdin=json.dumps(order).encode(), output_bytes=_SAID_BYTES)
@@ -137,6 +154,10 @@ def read(output: str, nonce: str) -> Run:
 async def survey(shop: Workshop, cfg: config.Source) -> Survey:
     """The tests that pass each time, in files that are quick enough. ValueError, one line, if there are none."""
     word = shop.project.word
+    if copy := await shop.second_copy():
+        raise ValueError(
+            f"source.package={word}: {copy} holds it in every sandbox; remove that, or give another project"
+        )
     found = await shop.run([], seconds=cfg.suite_s, collect=True)
     files = sorted({inject.file_of(test) for test in found.collected})
     files = [file for file in files if file.endswith(".py") and not inject.is_product(file) and _readable(shop, file)]

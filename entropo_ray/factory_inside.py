@@ -135,7 +135,26 @@ def shown_call(frame: FrameType) -> str:
     words += [f"{n}={written(values.get(n))}" for n in named if not same(values.get(n), defaults.get(n, words))]
     if code.co_flags & inspect.CO_VARKEYWORDS:
         words += [f"{name}={written(value)}" for name, value in values.get(rest[0], {}).items()]
-    return f"{code.co_qualname.removesuffix('.__init__')}({', '.join(words)})"
+    return as_written(code.co_qualname, ", ".join(words))
+
+
+def as_written(name: str, arguments: str) -> str:
+    """A call as people write it: special methods by what calls them."""
+    owner, _, method = name.rpartition(".")
+    if method in ("__str__", "__repr__", "__len__", "__bytes__", "__bool__", "__hash__", "__int__", "__float__"):
+        return f"{method.strip('_')}({owner}(...))"
+    match method:
+        case "__init__":
+            return f"{owner}({arguments})"
+        case "__call__":
+            return f"{owner}(...)({arguments})"
+        case "__getitem__":
+            return f"{owner}(...)[{arguments}]"
+        case "__contains__":
+            return f"{arguments} in {owner}(...)"
+        case "__eq__":
+            return f"{owner}(...) == {arguments}"
+    return f"{name}({arguments})"
 
 
 def written(value: object) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from entropo_ray import config, ingest, tasks
+from entropo_ray import config, factory, ingest, tasks
 from entropo_ray.sandbox import ImageMissing, SandboxSpec, open_sandbox
 from entropo_ray.tasks import fetch, inject, issues, layer, mutations, pack
 from entropo_ray.tasks.issues import Call, Symptom
@@ -414,6 +414,22 @@ def test_a_site_holds_nothing_of_the_project_but_its_description(tmp_path):
     )
     fetch._remove(site, project)
     assert {str(p.relative_to(site)) for p in site.rglob("*.py")} == {"sitecustomize.py", "x/y.py"}
+
+
+@pytest.mark.skipif(BACKEND != "bwrap", reason="bubblewrap is not installed")
+def test_a_second_copy_of_the_project_in_the_sandbox_is_found(tmp_path):
+    home = lay(tmp_path / "words", FILES)
+    project = fetch.fetch(str(home), tmp_path / "tree", timeout_s=30)
+    base, site = shutil.copytree(project.tree, tmp_path / "base"), lay(tmp_path / "site", {"a/b.py": ""})
+    layer.commit({base: True})
+
+    async def look():
+        shop = factory.Workshop(project=project, layer=base, site=site, box=BOX, turn=asyncio.Semaphore(1))
+        return await shop.second_copy()
+
+    assert asyncio.run(look()) == ""
+    lay(site, {"a/_vendor/tiny/text.py": ""})
+    assert asyncio.run(look()) == "/opt/site/a/_vendor/tiny"
 
 
 # --- what projects say of themselves ----------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from entropo_ray.tasks.pack import Mined, repository
 
 _SOURCE_BYTES = 400_000  # of a module; larger ones are tables
 _MOST = 0.5  # a bug that breaks more of the tests than this is no bug but a ruin
-_NOT_PRODUCT = {"test", "tests", "testing", "docs", "doc", "examples", "benchmarks", "build", "setup.py", "conftest.py"}
+_NOT_PRODUCT = {"test", "tests", "testing", "docs", "doc", "examples", "benchmark", "benchmarks", "bench", "build"}
+_NOT_PRODUCT |= {"scripts", "tools", "ci", "dev", "tasks.py", "setup.py", "conftest.py", "noxfile.py"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +136,13 @@ def _places(project: Project, survey: Survey, seed: int) -> Iterator[_Site]:
 
 
 def _mixed(found: Sequence[Mutation], rng: random.Random) -> list[Mutation]:
-    """One of each kind, then a second of each, and so on."""
-    shuffled = rng.sample(found, len(found))
+    """One of each kind, then a second of each, and so on: kinds that a text offers often come no sooner."""
+    kinds = list(dict.fromkeys(mutation.kind for mutation in found))
+    rng.shuffle(kinds)
     turn: Counter[str] = Counter()
     ranked: list[tuple[int, int, Mutation]] = []
-    for mutation in shuffled:
-        ranked.append((turn[mutation.kind], len(ranked), mutation))
+    for mutation in rng.sample(found, len(found)):
+        ranked.append((turn[mutation.kind], kinds.index(mutation.kind), mutation))
         turn[mutation.kind] += 1
     return [mutation for _, _, mutation in sorted(ranked, key=lambda r: r[:2])]
 

@@ -128,7 +128,13 @@ def _clarity(one: Symptom) -> tuple[int, int]:
 
 
 def _subject(one: Symptom) -> str:
-    return one.calls[-1].name.removesuffix(".__init__")
+    return _plain(one.calls[-1].name)
+
+
+def _plain(name: str) -> str:
+    """A name without the special method that a user never writes."""
+    owner, _, method = name.rpartition(".")
+    return owner if owner and method.startswith("__") else name
 
 
 def _direct(one: Symptom) -> tuple[str, str] | None:
@@ -153,7 +159,7 @@ def _sentences(one: Symptom, rng: random.Random) -> Iterator[str]:
         message = one.message.split("\n")[0][:_LONG]
         yield rng.choice(_RAISES).format(call=call, error=f"`{one.error}: {message}`" if message else f"`{one.error}`")
         yield rng.choice(_RAISES).format(call=call, error=f"`{one.error}`")
-        yield rng.choice(_RAISES).format(call=last.name, error=f"`{one.error}`")
+        yield rng.choice(_RAISES).format(call=_plain(last.name), error=f"`{one.error}`")
     elif raised := re.match(r"DID NOT RAISE <class '(?:.*\.)?(\w+)'>", one.message):
         yield rng.choice(_SILENT).format(call=call, want=raised[1])
     elif one.error == "AssertionError" and (missed := re.match(r"(\w+) not raised", one.message)):
@@ -163,4 +169,4 @@ def _sentences(one: Symptom, rng: random.Random) -> Iterator[str]:
     elif last.returned:
         yield rng.choice(_VALUE).format(call=call, now=last.returned)
     yield rng.choice(_VAGUE).format(call=call)
-    yield rng.choice(_VAGUE).format(call=last.name)
+    yield rng.choice(_VAGUE).format(call=_plain(last.name))
