@@ -98,8 +98,6 @@ class Workshop:
 
     async def second_copy(self) -> str:
         """Where a sandbox shows the project's modules once more, beside the repository; "" if nowhere."""
-        if self.box.backend != "bwrap":  # without walls there is no end of places
-            return ""
         homes = [f"*/{home}/{m}{end}" for m in self.project.modules for home in _HOMES for end in ("", ".py")]
         wanted = [word for pattern in homes for word in ("-o", "-path", pattern)][1:]
         async with self.turn, sandbox.open_sandbox(self._spec(_FIND_S), backend=self.box.backend) as box:
@@ -297,7 +295,9 @@ def benches(cfg: config.Source, box: config.Sandbox, *, to: Path, scratch: Path)
     """
     turn = asyncio.Semaphore(len(os.sched_getaffinity(0)) + 1)  # starting a run waits for files now and then
     found: list[Workshop] = []
-    for number, word in enumerate(fetch.words(cfg.package)):
+    words = fetch.words(cfg.package)
+    counter = observe.progress("fetch", len(words))
+    for number, word in enumerate(words):
         tree = scratch / f"tree-{number}"
         tree.mkdir()
         project = fetch.fetch(word, tree, timeout_s=cfg.fetch_s)
@@ -309,6 +309,7 @@ def benches(cfg: config.Source, box: config.Sandbox, *, to: Path, scratch: Path)
             shutil.copytree(tree, base)
             layer.commit({base: True}, ignored=True)
             found.append(Workshop(project=project, layer=base, site=site, box=box, turn=turn))
+            counter.step()
         else:
             raise ValueError(f"source.package={cfg.package}: {word} is {project.name}, which is there already")
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from entropo_ray import config, factory, ingest, tasks
+from entropo_ray.records import Task
 from entropo_ray.sandbox import ImageMissing, SandboxSpec, open_sandbox
 from entropo_ray.tasks import fetch, inject, issues, layer, mutations, pack
 from entropo_ray.tasks.issues import Call, Symptom
@@ -165,6 +166,69 @@ def test_an_issue_quotes_neither_lines_nor_names_of_tests():
     assert not issues.quotes(text, [source], ["test_helper"])
     assert issues.write([told()], ["slug('A b')\n" * 2, "`slug` is all"], ["slug"], random.Random(0)) is None
     assert issues.write([told(calls=())], [], [], random.Random(0)) is None
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+GOOD = tuple(f"tests/test_{file}.py::test_{number}" for file in "ab" for number in range(4))
+SEEN = inject.Survey(
+    good=GOOD,
+    seconds=dict.fromkeys(GOOD, 0.1),
+    entered={("m.py", 1): GOOD, ("m.py", 5): GOOD[1:], ("m.py", 7): GOOD[2:3]},
+    imported=frozenset(),
+)
+
+
+def candidate(function="f", kind="constant", line=1, files=("tests/test_a.py",)):
+    mutation = mutations.Mutation(kind, (mutations.Edit(0, 1, "x"),), line)
+    return inject.Candidate(path="m.py", function=function, mutation=mutation, text="", files=files)
+
+
+def judged(shelf, one, *broken, ended=True, collected=True):
+    return shelf.refuse(one, set(GOOD) - set(broken), ended=ended, collected=collected)
+
+
+def test_a_bug_that_nobody_or_everybody_notices_is_not_kept():
+    shelf = inject.Shelf(SEEN, config.Source())
+    assert judged(shelf, candidate()) == "unnoticed"
+    assert judged(shelf, candidate(), GOOD[4]) == "unnoticed", "that file was not run"
+    assert judged(shelf, candidate(files=("tests/test_a.py", "tests/test_b.py")), *GOOD[:5]) == "breaks_most"
+    assert judged(shelf, candidate(), GOOD[0], ended=False) == "no_end"
+    assert judged(shelf, candidate(), GOOD[0], collected=False) == "breaks_import"
+    assert judged(shelf, candidate(), GOOD[0]) == ""
+
+
+def test_no_two_bugs_of_a_function_are_alike_and_none_has_too_many():
+    shelf = inject.Shelf(SEEN, config.Source(per_function=2))
+    assert judged(shelf, candidate(), GOOD[0]) == ""
+    assert judged(shelf, candidate(kind="loop"), GOOD[0]) == "alike", "the same failures"
+    assert judged(shelf, candidate(), GOOD[1]) == "alike", "the same mistake in the same line"
+    assert judged(shelf, candidate(kind="loop"), GOOD[1]) == ""
+    assert judged(shelf, candidate(kind="sign"), GOOD[2]) == "crowded"
+    assert judged(shelf, candidate("g"), GOOD[0]) == ""
+
+
+def test_the_test_that_reaches_least_explains_a_bug():
+    assert inject.easiest(SEEN, GOOD[:4], 3) == [GOOD[0], GOOD[1], GOOD[3]]
+
+
+@pytest.mark.parametrize("by", ["file", "package"])
+def test_the_test_split_takes_whole_groups_up_to_its_share(by):
+    def one(package, file, number):
+        task = Task(
+            id=f"{package}-{file}-{number}", source="inject", split="train", repo=package, image="", workdir="",
+            problem="", test_command="", visible=(),
+        )  # fmt: skip
+        return inject.Injected(mined=pack.Mined(task, None), provenance={"package": package, "file": file})
+
+    made = [one(p, f, n) for p in "abcd" for f in "xyz" for n in range({"x": 1, "y": 1, "z": 3}[f])]
+    found = inject.split(made, config.Source(held_out=0.25, held_out_by=by))
+    groups = {"train": set(), "test": set()}
+    for injected in found:
+        groups[injected.mined.task.split].add(injected.group if by == "file" else injected.group[:1])
+    assert not groups["train"] & groups["test"]
+    assert 3 <= sum(i.mined.task.split == "test" for i in found) <= 5
+    assert [i.mined.task.id for i in found] == [m.mined.task.id for m in made]
 
 
 # --- the factory, from end to end -------------------------------------------------------------------------------------
@@ -355,6 +419,19 @@ def test_a_pack_made_when_the_key_had_another_name_is_still_known(tmp_path):
     said["pack.source"] = said.pop("source.kind")
     record.write_text(json.dumps(said))
     assert ingest.ingest(cfg, BOX, seed=0, to=tmp_path / "pack")["tasks"] == 1
+
+
+def test_a_pack_may_be_moved_and_one_of_before_loads(made, tmp_path):
+    _, to, _ = made
+    shutil.copytree(to, tmp_path / "moved")
+    suite = tasks.load(config.Tasks(path=str(tmp_path / "moved"), split="all"))
+    assert {Path(task.site).parent for task in suite} == {tmp_path / "moved" / "sites"}
+    assert all(Path(task.site, "sitecustomize.py").is_file() for task in suite)
+    rows = [json.loads(line) for line in (to / "tasks.jsonl").read_text().splitlines()]
+    assert all(row["site"].startswith("sites/") for row in rows)
+    lines = [json.dumps({key: value for key, value in row.items() if key != "site"}) + "\n" for row in rows]
+    (tmp_path / "moved" / "tasks.jsonl").write_text("".join(lines))
+    assert {t.site for t in tasks.load(config.Tasks(path=str(tmp_path / "moved"), split="all"))} == {""}
 
 
 def test_a_package_whose_tests_notice_nothing_is_an_error_in_one_line(tmp_path):

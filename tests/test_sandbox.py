@@ -150,6 +150,21 @@ def test_stdout_and_stderr_come_merged_in_order_and_as_bytes(backend, image):
     assert not done.truncated
 
 
+def test_a_site_is_importable_behind_the_runner_and_only_where_it_is_asked_for(backend, image, tmp_path):
+    (tmp_path / "theirs.py").write_text("x = 5\n")
+    (tmp_path / "pytest").mkdir()
+    program = "import pytest, theirs; print(theirs.x, hasattr(pytest, 'main'))"
+
+    def work(sandbox):
+        return sandbox.exec(["python", "-P", "-c", program])
+
+    done = inside(image, work, backend=backend, site=str(tmp_path))
+    assert (done.exit_code, done.output) == (0, b"5 True\n")
+    assert inside(image, work, backend=backend).exit_code == 1
+    with pytest.raises(ImageMissing, match="no such directory of packages"):
+        inside(image, work, backend=backend, site=str(tmp_path / "none"))
+
+
 def test_commands_stand_alone(backend, image):
     async def work(sandbox):
         await sandbox.exec("cd /testbed/pkg; export COLOUR=red; umask 0")

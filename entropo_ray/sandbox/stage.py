@@ -108,7 +108,7 @@ class Box:
                     os.chown(path, AGENT, AGENT)
             _mount_repository(stage, image, f"{ROOT}{workdir}")
             if site:
-                kernel.bind(site, f"{ROOT}/opt/site", _READ_ONLY)
+                _mount_site(stage, site, f"{ROOT}/opt/site")
             kernel.bind(f"{BOX}/tmp", f"{ROOT}/tmp", _NO_DEVICES)
             kernel.bind(f"{BOX}/home", f"{ROOT}/home/agent", _NO_DEVICES)
             self.namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -201,6 +201,18 @@ def _mount_repository(stage: Stage, image: str, target: str) -> None:
     except OSError as error:  # no idmapped mounts or no overlay on this file system: the slow way, same result
         stage.copies = str(error)
         _copy_repository(stage, image, target)
+
+
+def _mount_site(stage: Stage, site: str, target: str) -> None:
+    """A directory of packages, read-only; where that can be, as the agent's, whoever may read it outside."""
+    owner = os.stat(site)  # noqa: PTH116
+    try:
+        if stage.privileged:
+            kernel.bind_idmapped(site, target, stage.users(owner.st_uid, owner.st_gid))
+            return
+    except OSError:  # no idmapped mounts on this file system
+        pass
+    kernel.bind(site, target, _READ_ONLY)
 
 
 def _copy_repository(stage: Stage, image: str, target: str) -> None:

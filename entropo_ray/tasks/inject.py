@@ -183,7 +183,7 @@ class Shelf:
         """Why a bug is not kept, seen from the tests that still passed in the files that reach it; "" if it is."""
         broken = broken_tests(self._survey, candidate, passed)
         if not ended:
-            return "hangs"
+            return "no_end"
         if not collected:
             return "breaks_import"
         if not broken:
@@ -207,8 +207,9 @@ def broken_tests(survey: Survey, candidate: Candidate, passed: Collection[str]) 
 
 
 def easiest(survey: Survey, broken: Sequence[str], number: int = 4) -> list[str]:
-    """The quickest of the broken tests, which tend to show a bug best."""
-    return sorted(broken, key=lambda test: (survey.seconds[test], test))[:number]
+    """Those of the broken tests that enter the fewest functions, which tend to show a bug best."""
+    entered = Counter(test for tests in survey.entered.values() for test in tests)
+    return sorted(broken, key=lambda test: (entered[test], survey.good.index(test)))[:number]
 
 
 # Tasks
