@@ -226,7 +226,7 @@ async def make(shop: Workshop, cfg: config.Source, *, to: Path) -> tuple[list[In
     """
     began = time.monotonic()
     seen = await survey(shop, cfg)
-    functions, stream = inject.candidates(shop.project, seen, cfg)
+    stock = inject.stock(shop.project, seen, cfg)
     shelf, counts = Shelf(seen, cfg), Counter[str]()
     wanted, budget = round(cfg.count * _SPARE), cfg.count * cfg.tries
     product = sorted({path for path, _ in seen.entered if inject.is_product(path)})
@@ -234,8 +234,8 @@ async def make(shop: Workshop, cfg: config.Source, *, to: Path) -> tuple[list[In
     tried = 0
     with observe.progress(f"inject {shop.project.name}", budget) as counter:
         while tried < budget and len(made) < wanted:
-            fair = (c for c in stream if not shelf.crowded(c))
-            batch = list(itertools.islice(fair, min(_ROUND, budget - tried)))
+            fair = (c for c in stock.candidates if not shelf.crowded(c))
+            batch = list(itertools.islice(fair, min(_ROUND, budget - tried, wanted - len(made))))
             if not batch:
                 break
             for one in await _round(shop, seen, shelf, batch, product):
@@ -254,7 +254,8 @@ async def make(shop: Workshop, cfg: config.Source, *, to: Path) -> tuple[list[In
         "version": shop.project.version,
         "tests": len(seen.good),
         "suite_s": round(seen.cost_s(seen.files), 2),
-        "functions": functions,
+        "functions": stock.functions,
+        "found": stock.found,
         "tried": tried,
         "made": len(made),
         "refused": dict(sorted(counts.items())),

@@ -97,11 +97,16 @@ async def _inject(cfg: config.Pack, source: config.Source, box: config.Sandbox, 
                 report[bench.project.name] = {"kept": 0, "error": str(error), "refused": {}}
                 continue
             began = time.monotonic()
-            held = await _holding(made, box, runs=cfg.runs, facts=facts)
-            facts |= {"kept": len(held[: source.count]), "validate_s": round(time.monotonic() - began, 1)}
+            held: list[Injected] = []
+            spare = made
+            while spare and len(held) < source.count:
+                wanted = source.count - len(held)
+                held += await _holding(spare[:wanted], box, runs=cfg.runs, facts=facts)
+                spare = spare[wanted:]
+            facts |= {"kept": len(held), "spare": len(spare), "validate_s": round(time.monotonic() - began, 1)}
             report[bench.project.name] = facts
-            kept += held[: source.count]
-            _forget([one for one in made if one not in held[: source.count]])
+            kept += held
+            _forget([one for one in made if one not in held])
             observe.log.info("%s: %s", bench.project.name, json.dumps(facts))
     if not kept:
         reasons = "; ".join(str(facts.get("error") or facts["refused"]) for facts in report.values())

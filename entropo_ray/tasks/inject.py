@@ -107,11 +107,21 @@ class _Site:
     left: list[Mutation] = field(default_factory=list)
 
 
-def candidates(project: Project, survey: Survey, cfg: config.Source) -> tuple[int, Iterator[Candidate]]:
-    """How many functions the tests reach, and bugs to try: functions in turn, kinds mixed, the same for a seed."""
+@dataclass(frozen=True, kw_only=True)
+class Stock:
+    """All bugs that a project offers."""
+
+    functions: int  # that tests reach
+    found: int  # mistakes that the rules know for them
+    candidates: Iterator[Candidate]  # functions in turn, kinds mixed, the same for a seed
+
+
+def stock(project: Project, survey: Survey, cfg: config.Source) -> Stock:
+    """What can be tried in the functions that the tests reach."""
     places = list(_places(project, survey, cfg.seed))
     random.Random(f"{cfg.seed}/{project.name}/functions").shuffle(places)
-    return len(places), _candidates(places, cfg)
+    found = sum(len(place.left) for place in places)
+    return Stock(functions=len(places), found=found, candidates=_candidates(places, cfg))
 
 
 def _places(project: Project, survey: Survey, seed: int) -> Iterator[_Site]:
