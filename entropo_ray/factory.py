@@ -73,7 +73,7 @@ class Workshop:
         tests: Sequence[str],
         *,
         seconds: float,
-        files: Mapping[str, str | None] | None = None,
+        files: Mapping[str, str] | None = None,
         product: Sequence[str] = (),
         **asked: bool,
     ) -> Run:

@@ -488,7 +488,7 @@ def _branches(place: _Place, node: ast.AST) -> Iterator[Edits]:
 
 
 def _elif(code: Code, node: ast.AST) -> bool:
-    return code.data[code.start(node) :].startswith(b"elif")
+    return code.data.startswith(b"elif", code.start(node))
 
 
 def _early_exit(place: _Place, node: ast.AST) -> Iterator[Edits]:
