@@ -125,7 +125,9 @@ def test_the_agent_has_no_rights_and_no_network(image):
 
     async def work(sandbox):
         status = "grep -E 'CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs|Seccomp:' /proc/self/status | cut -f2; "
-        facts = await sandbox.exec(f"id -u; {status} sleep 1 & ls /proc/$!/fd; tail -n +3 /proc/net/dev | grep -vc lo:")
+        facts = await sandbox.exec(
+            f"id -u; {status} sleep 2 & sleep 0.3; ls /proc/$!/fd; tail -n +3 /proc/net/dev | grep -vc lo:"
+        )
         assert facts.output.decode().split() == ["10001", *["0" * 16] * 5, "1", "2", "0", "1", "2", "0"]
         for word in words:
             assert (await sandbox.exec(word)).exit_code != 0, word
