@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from entropo_ray import config, grade_script, sandbox
+from entropo_ray import config, sandbox
 from entropo_ray.records import Answer, Grade, Task, Verdict, to_row
-from entropo_ray.sandbox import ExecResult, SandboxError, SandboxSpec
-from entropo_ray.tasks import pack
+from entropo_ray.sandbox import ExecResult, Sandbox, SandboxError, SandboxSpec
+from entropo_ray.tasks import pack, scripted
 
 GRADER_VERSION = "pytest-1"  # part of every cache key: raise it when a verdict could change
 
@@ -32,6 +32,21 @@ _INSIDE = "import gc\ngc.disable()\n" + Path(__file__).with_name("grade_inside.p
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "TZ": "UTC", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 _EVIDENCE_BYTES = 8 << 20  # about 20,000 tests
 _TESTS_FAILED = 1  # pytest's exit code when it ran to its end and a test failed, as one always does here
+_LOG_BYTES = 32 << 20  # of a script's run
+_RUN = 'script=$(cat); exec </dev/null; eval "$script"'  # read whole before it starts: nothing on disk to rewrite
+
+# each attempt begins on a clean tree; the last ones take what fits roughly, as the official harness does
+_APPLY = """
+patch=$(mktemp) && cat > "$patch" || exit 90
+quiet="git -c safe.directory=* -c core.hooksPath=/dev/null -c core.fsmonitor=false"
+for how in "$quiet apply --whitespace=nowarn" "$quiet apply --whitespace=nowarn --3way" \\
+    "patch --batch --forward --fuzz=5 -p1 -i"; do
+    $how "$patch" > "$patch.said" 2>&1 && { $quiet reset -q; exit 0; }
+    [ -e "$patch.first" ] || cp "$patch.said" "$patch.first"
+    $quiet reset -q --hard && $quiet clean -fdq || exit 90
+done
+head -c 300 "$patch.first" && exit 1
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +156,7 @@ async def check(task: Task, patch: str, cfg: config.Sandbox) -> Verdict:
 async def _hidden(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
     if not answer.fail_to_pass:
         raise ValueError(f"{task.id}: fail_to_pass is empty: every patch would resolve it")
-    if grade_script.mine(answer):
+    if scripted.mine(answer):
         return await _scripted(task, patch, answer, cfg)
     if answer.parser != "pytest":
         raise ValueError(f"{task.id}: parser={answer.parser}: without a script of its own only pytest can be run")
@@ -189,7 +204,7 @@ async def _run(
 async def _scripted(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
     """By the answer's own script; an empty patch runs, for a validation asks what the tests say of it."""
     try:
-        kept, dropped = grade_script.admitted(patch, answer)
+        kept, dropped = scripted.admitted(patch, answer)
     except ValueError as error:
         return _verdict(Grade.PATCH_FAILED, f"the patch {error}")
     if patch and not kept:
@@ -197,21 +212,57 @@ async def _scripted(task: Task, patch: str, answer: Answer, cfg: config.Sandbox)
     began = time.monotonic()
     async with sandbox.open_sandbox(_spec(task, cfg), backend=cfg.backend) as box:
         try:
-            log, result, canaries = await grade_script.run(box, kept, answer, timeout_s=cfg.grade_s)
-        except grade_script.ApplyFailed as error:
+            log, result, canaries = await _run_script(box, kept, answer, timeout_s=cfg.grade_s)
+        except _ApplyFailed as error:
             return dataclasses.replace(_verdict(Grade.PATCH_FAILED, str(error)), dropped=dropped)
-    found = grade_script.statuses(log, task, answer)
-    decision, reason, passed = grade_script.judge(log, found, answer, canaries, limit=_limit(result))
+    found = scripted.statuses(log, task, answer)
+    decision, reason, passed = scripted.judge(log, found, answer, canaries, limit=_limit(result))
     return Verdict(
         grade=decision,
         passed=passed,
-        failed=tuple(test for test in grade_script.decisive(answer) if test not in passed),
+        failed=tuple(test for test in scripted.decisive(answer) if test not in passed),
         dropped=dropped,
         exit_code=-1 if log.code is None else log.code,
         runs=1,
         seconds=time.monotonic() - began,
         reason=reason,
     )
+
+
+class _ApplyFailed(Exception):
+    """The patch does not fit; one line of git's."""
+
+
+async def _run_script(
+    box: Sandbox, patch: str, answer: Answer, *, timeout_s: float
+) -> tuple[scripted.Log, ExecResult, scripted.Canaries]:
+    """Apply, lay out, run. _ApplyFailed if the patch does not fit; SandboxError if the script did not come to start."""
+    if patch:
+        await _apply(box, patch)
+    for file in answer.files:
+        if f"b/{file.path}" not in answer.script:  # else the script makes it, and expects that it is not there
+            await box.write(file.path, file.text.encode())
+    nonce, canaries = secrets.token_hex(16), scripted.hatched(answer)
+    script = scripted.armed(answer.script, nonce, canaries)
+    result = await box.exec(["bash", "-c", _RUN], stdin=script.encode(), timeout=timeout_s, output_bytes=_LOG_BYTES)
+    log = scripted.read(result.output.decode(errors="replace"), nonce)
+    if not log.started and not (result.timed_out or result.oom or result.disk_full):
+        raise SandboxError(
+            f"the script of the tests did not come to them (exit code {result.exit_code}): {_tail(result)}"
+        )
+    return log, result, canaries
+
+
+async def _apply(box: Sandbox, patch: str) -> None:
+    done = await box.exec(_APPLY, stdin=patch.encode(errors="surrogateescape"))
+    if done.exit_code == 1:
+        raise _ApplyFailed(done.output.decode(errors="replace").strip().split("\n")[0])
+    if done.exit_code != 0:
+        raise SandboxError(f"the patch could not be tried (exit code {done.exit_code}): {_tail(done)}")
+
+
+def _tail(result: ExecResult) -> str:
+    return " ".join(result.output[-400:].decode(errors="replace").split())
 
 
 def _spec(task: Task, cfg: config.Sandbox) -> SandboxSpec:
@@ -415,7 +466,7 @@ async def validate(task: Task, answer: Answer, cfg: config.Sandbox, *, runs: int
     """
     if not answer.fail_to_pass:
         return ["no_f2p: fail_to_pass is empty"]
-    if answer.parser != "pytest" and not grade_script.mine(answer):
+    if answer.parser != "pytest" and not scripted.mine(answer):
         return [f"unknown_parser: {answer.parser}"]
     gold = [await _hidden(task, answer.patch, answer, cfg) for _ in range(runs)]
     empty = [await _hidden(task, "", answer, cfg) for _ in range(runs)]

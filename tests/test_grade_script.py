@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from entropo_ray import config, grade, grade_script, sandbox
+from entropo_ray import config, grade, sandbox
 from entropo_ray.records import Answer, Grade, Task
-from entropo_ray.tasks import diffs, scripts
+from entropo_ray.tasks import diffs, scripted, scripts
 
 CODE = "def add(a, b):\n    return a - b\n\n\ndef twice(a):\n    return a\n"
 RIGHT = "def add(a, b):\n    return a + b\n\n\ndef twice(a):\n    return 2 * a\n"
@@ -123,7 +123,7 @@ OTHERS = {
 def test_what_decides_about_tests_cannot_be_changed(task, answer, path):
     """Alone it is no patch at all; beside the fix it is left out and the fix resolves."""
     patch = changed(OTHERS[path] or "x = 1\n", path, None)
-    kept, dropped = grade_script.admitted(patch + answer.patch, answer)
+    kept, dropped = scripted.admitted(patch + answer.patch, answer)
     assert (kept, dropped) == (answer.patch, (path,)) or ".." in path
     if ".." not in path:
         assert verdict(task, answer, patch).grade is Grade.EMPTY

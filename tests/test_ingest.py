@@ -76,7 +76,7 @@ def test_what_lies_in_the_way_is_not_removed(tmp_path):
 
 def test_directories_are_no_images(tmp_path):
     box = dataclasses.replace(BOX, backend="docker")
-    with pytest.raises(ValueError, match=r"rollout\.sandbox\.backend=docker: pack\.source=local"):
+    with pytest.raises(ValueError, match=r"rollout\.sandbox\.backend=docker: source\.kind=local"):
         ingest.ingest(PACK, box, seed=0, to=tmp_path / "pack")
     assert not any(tmp_path.iterdir())
 

@@ -18,7 +18,7 @@ PACKAGE = HERE / "entropo_ray"
 FLOORS = [
     ["records", "config"],
     ["tasks", "sandbox", "chat", "store", "preference", "select", "observe", "patches", "page"],
-    ["agent", "grade", "grade_inside", "grade_script", "official", "factory", "factory_inside"],
+    ["agent", "grade", "grade_inside", "official", "factory", "factory_inside"],
     ["rollout", "train", "verify", "ingest", "diversity"],
     ["evaluate", "report", "doctor", "bench", "comparison"],
     ["compare"],
@@ -38,10 +38,10 @@ DOORS = {
     "peft": {"train.lora"},
     "trl": {"bench"},
     "vllm": {"rollout.engine"},
-    "swebench": {"grade", "grade_script", "evaluate", "tasks.rows"},
+    "swebench": {"evaluate", "tasks.rows", "tasks.scripted"},
     "docker": {"sandbox.docker"},
     "kubernetes": {"sandbox.kubernetes"},
-    "entropo_ray.records.Answer": {"tasks", "grade", "grade_script"},
+    "entropo_ray.records.Answer": {"tasks", "grade"},
 }
 FILES = sorted([*PACKAGE.rglob("*.py"), *(HERE / "jobs").glob("*.py")])
 

@@ -33,13 +33,13 @@ class Keeper(Pool):
         cores = len(os.sched_getaffinity(0))
         bounds = Bounds(live=cfg.per_node, ahead=cfg.ahead, execs=max(8, 4 * cores), wait_s=cfg.wait_s)
         super().__init__(bounds, cfg.backend)
-        sandbox.reap()
+        sandbox.reap(cfg.backend)
         self._witness: subprocess.Popen[bytes] | None = None
         self.tend()
 
     def tend(self) -> None:
         if self._witness is None or self._witness.poll() is not None:
-            words = [sys.executable, "-m", "entropo_ray.sandbox", "watch", str(os.getpid())]
+            words = [sys.executable, "-m", "entropo_ray.sandbox", "watch", str(os.getpid()), self._backend]
             null = subprocess.DEVNULL
             home = Path(sandbox.__file__).parents[2]
             self._witness = subprocess.Popen(

@@ -1,23 +1,27 @@
 """Remove what killed owners of sandboxes left behind, and nothing else.
 
-python -m entropo_ray.sandbox reap
-python -m entropo_ray.sandbox watch PID     # wait for the end of a process that owns sandboxes, then reap
+python -m entropo_ray.sandbox reap [BACKEND]         # bwrap or docker; both where none is named
+python -m entropo_ray.sandbox watch PID [BACKEND]    # wait for the end of a process that owns sandboxes, then reap
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 from entropo_ray import sandbox
+from entropo_ray.sandbox import SandboxError
 
+BACKENDS = ("bwrap", "docker")
 _PASSES, _PAUSE_S = 10, 0.5  # an owner's own helpers need a moment to follow it
 
 
-def watch(pid: int) -> int:
+def watch(pid: int, backends: Sequence[str] = BACKENDS) -> int:
     """Reap for a few seconds after a process has ended; the number of sandboxes concerned."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # what ends the owner's group must not end its witness
@@ -30,16 +34,25 @@ def watch(pid: int) -> int:
     found = 0
     for _ in range(_PASSES):
         time.sleep(_PAUSE_S)
-        found += sandbox.reap()
+        found += reap(backends)
+    return found
+
+
+def reap(backends: Sequence[str] = BACKENDS) -> int:
+    """The number of sandboxes concerned; a backend that is not here has none."""
+    found = 0
+    for backend in backends:
+        with contextlib.suppress(SandboxError):
+            found += sandbox.reap(backend)
     return found
 
 
 def main(words: list[str]) -> int:
     match words:
-        case ["reap"]:
-            print(f"reaped {sandbox.reap()}")  # noqa: T201
-        case ["watch", pid] if pid.isdigit():
-            watch(int(pid))
+        case ["reap", *backends] if set(backends) <= set(BACKENDS):
+            print(f"reaped {reap(backends or BACKENDS)}")  # noqa: T201
+        case ["watch", pid, *backends] if pid.isdigit() and set(backends) <= set(BACKENDS):
+            watch(int(pid), backends or BACKENDS)
         case _:
             print(__doc__, file=sys.stderr)  # noqa: T201
             return 2

@@ -19,30 +19,14 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from entropo_ray.records import Answer, Grade, Task
-from entropo_ray.sandbox import ExecResult, Sandbox, SandboxError
 from entropo_ray.tasks import diffs, scripts, swebench
 
-OUTPUT_BYTES = 32 << 20  # of the whole run
 _RUNNER = {"conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini"}
 _START_UP = {"sitecustomize.py", "usercustomize.py"}
 _SHADOWED = sys.stdlib_module_names | {"pytest", "_pytest", "pluggy", "iniconfig"}
 _FOLDERS = {"test", "tests", "testing"}
-_RUN = 'script=$(cat); exec </dev/null; eval "$script"'  # read whole before it starts: nothing on disk to rewrite
 _GOOD, _BAD = ("PASSED",), ("FAILED", "ERROR")
 _EXPECTED_FAILURE = "XFAIL"
-
-# each attempt begins on a clean tree; the last ones take what fits roughly, as the official harness does
-_APPLY = """
-patch=$(mktemp) && cat > "$patch" || exit 90
-quiet="git -c safe.directory=* -c core.hooksPath=/dev/null -c core.fsmonitor=false"
-for how in "$quiet apply --whitespace=nowarn" "$quiet apply --whitespace=nowarn --3way" \\
-    "patch --batch --forward --fuzz=5 -p1 -i"; do
-    $how "$patch" > "$patch.said" 2>&1 && { $quiet reset -q; exit 0; }
-    [ -e "$patch.first" ] || cp "$patch.said" "$patch.first"
-    $quiet reset -q --hard && $quiet clean -fdq || exit 90
-done
-head -c 300 "$patch.first" && exit 1
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +46,6 @@ class Log:
     tests: str = ""  # what stands between the marks
     code: int | None = None  # exit code of the test command, None where it did not come to its end
     marks: int = 0  # ends: more than one is a forgery
-
-
-class ApplyFailed(Exception):
-    """The patch does not fit; one line of git's."""
 
 
 Canaries = Mapping[str, Canary]  # by path
@@ -115,36 +95,6 @@ def _shadows(path: str) -> bool:
 
 def _file(test: str) -> str:
     return test.partition("::")[0]
-
-
-async def run(box: Sandbox, patch: str, answer: Answer, *, timeout_s: float) -> tuple[Log, ExecResult, Canaries]:
-    """Apply, lay out, run. ApplyFailed if the patch does not fit; SandboxError if the script did not come to start."""
-    if patch:
-        await _apply(box, patch)
-    for file in answer.files:
-        if f"b/{file.path}" not in answer.script:  # else the script makes it, and expects that it is not there
-            await box.write(file.path, file.text.encode())
-    nonce, canaries = secrets.token_hex(16), hatched(answer)
-    script = armed(answer.script, nonce, canaries)
-    result = await box.exec(["bash", "-c", _RUN], stdin=script.encode(), timeout=timeout_s, output_bytes=OUTPUT_BYTES)
-    log = read(result.output.decode(errors="replace"), nonce)
-    if not log.started and not (result.timed_out or result.oom or result.disk_full):
-        raise SandboxError(
-            f"the script of the tests did not come to them (exit code {result.exit_code}): {_tail(result)}"
-        )
-    return log, result, canaries
-
-
-async def _apply(box: Sandbox, patch: str) -> None:
-    done = await box.exec(_APPLY, stdin=patch.encode(errors="surrogateescape"))
-    if done.exit_code == 1:
-        raise ApplyFailed(done.output.decode(errors="replace").strip().split("\n")[0])
-    if done.exit_code != 0:
-        raise SandboxError(f"the patch could not be tried (exit code {done.exit_code}): {_tail(done)}")
-
-
-def _tail(result: ExecResult) -> str:
-    return " ".join(result.output[-400:].decode(errors="replace").split())
 
 
 def hatched(answer: Answer) -> Canaries:
