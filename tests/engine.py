@@ -27,6 +27,7 @@ _START_S, _STOP_S, _BUILD_S, _DEBIAN_S = 60, 20, 120, 400
 _RELEASE = "bookworm"
 _UNNEEDED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale")
 _tags: dict[str, str] = {}  # digest of a build context -> image
+_no_base: list[str] = []  # why there can be no base image: looked for once
 
 
 @contextlib.contextmanager
@@ -160,7 +161,13 @@ def _base() -> str:
         return client.images.get(reference).tags[0]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "entropo_ray", f"{_RELEASE}.tar")
     if not cache.is_file():
-        _make_base(cache)
+        try:
+            if not _no_base:
+                _make_base(cache)
+        except pytest.skip.Exception as skipped:
+            _no_base.append(str(skipped))
+    if _no_base:
+        pytest.skip(_no_base[0])
     with tempfile.NamedTemporaryFile(prefix=f"{PREFIX}-") as whole:
         shutil.copyfile(cache, whole.name)
         with tarfile.open(whole.name, "a") as archive:
