@@ -387,6 +387,8 @@ def _walls(bounds: Limits, more: Seed) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def open_docker(spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    if spec.site:  # a directory of this machine; the engine may be on another
+        raise ImageMissing(f"{spec.site}: a Docker image brings its packages itself; give backend=bwrap")
     sandbox = Docker(await threaded(engine), spec)
     try:
         await sandbox.open()
