@@ -70,7 +70,8 @@ def keepers(cfg: config.Sandbox, coming: Sequence[SandboxSpec]) -> Iterator[None
     try:
         yield
     finally:
-        ray.wait([actor.drain.remote() for actor in made], num_returns=len(made), timeout=_DRAIN_S) if made else None
+        if made:
+            ray.wait([actor.drain.remote() for actor in made], num_returns=len(made), timeout=_DRAIN_S)
         for actor in made:
             ray.kill(actor)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from entropo_ray import config
 from entropo_ray.records import Answer, File, Task
-from entropo_ray.tasks import issues, layer, mutations
+from entropo_ray.tasks import diffs, issues, mutations
 from entropo_ray.tasks.fetch import Project
 from entropo_ray.tasks.mutations import Code, Function, Mutation
 from entropo_ray.tasks.pack import Mined, repository
@@ -228,7 +228,7 @@ def easiest(survey: Survey, broken: Sequence[str], number: int = 4) -> list[str]
 def task(project: Project, survey: Survey, bug: Bug, *, site: Path, seed: int, to: Path) -> Injected | None:
     """The task of a bug, its repository below `to` not yet committed; None if no issue can be written."""
     candidate = bug.candidate
-    patch = layer.diff(candidate.path, candidate.text, (project.tree / candidate.path).read_bytes().decode())
+    patch = diffs.between(candidate.path, candidate.text, (project.tree / candidate.path).read_bytes().decode())
     key = hashlib.blake2b(patch.encode(), digest_size=5).hexdigest()
     task_id = f"inject-{project.name}-{project.version}-{key}"
     hidden = sorted({file_of(test) for test in bug.broken})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import subprocess
@@ -14,18 +13,6 @@ from pathlib import Path
 
 _DATE = "2024-01-01T12:00:00+0000"
 _GITS = 4  # git processes at once; they mostly wait
-
-
-def diff(path: str, before: str, after: str) -> str:
-    """A patch that `git apply` takes. Lines end at a line feed alone, as git sees them."""
-    lines = difflib.unified_diff(_lines(before), _lines(after), f"a/{path}", f"b/{path}")
-    text = "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
-    return f"diff --git a/{path} b/{path}\n" + text
-
-
-def _lines(text: str) -> list[str]:
-    *whole, last = text.split("\n")
-    return [f"{line}\n" for line in whole] + ([last] if last else [])
 
 
 def commit(homes: Mapping[Path, bool], *, ignored: bool = False) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from entropo_ray.records import Answer, File, Task
-from entropo_ray.tasks import layer
+from entropo_ray.tasks import diffs, layer
 from entropo_ray.tasks.families import FAMILIES, PAIRS, RIDDLES
 from entropo_ray.tasks.forms import Family, Pair, Riddle, edit, fill
 from entropo_ray.tasks.pack import PRACTICE, Mined, repository
@@ -257,8 +257,8 @@ def _answer(task: Task, problem: Problem, cases: Cases, module: Module) -> Answe
     before = module.text(problem.broken)
     return Answer(
         task_id=task.id,
-        patch=layer.diff(module.path, before, module.text(problem.right)),
-        alternatives=tuple(layer.diff(module.path, before, module.text(p)) for p in problem.same),
+        patch=diffs.between(module.path, before, module.text(problem.right)),
+        alternatives=tuple(diffs.between(module.path, before, module.text(p)) for p in problem.same),
         files=(File(path=path, text=tests_text(module, hidden, "hidden_")),),
         script=_SCRIPT,
         parser="pytest",

@@ -15,8 +15,8 @@ from entropo_ray.tasks.pack import Mined
 
 _EVAL_TYPES = ("pass_and_fail", "fail_only")
 _PYTEST = "python -m pytest -rA --tb=short -p no:cacheprovider"
-_COMMON = ("instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "version")
 _TESTS = ("FAIL_TO_PASS", "PASS_TO_PASS")
+COLUMNS = ("instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "version", *_TESTS)
 
 
 def mined(row: Row, images: Images) -> Mined:
@@ -120,7 +120,7 @@ def official(task: Task, answer: Answer) -> dict[str, Any]:
 
 FAMILY = Family(
     marks=("eval_script",),
-    columns=(*_COMMON, *_TESTS, "image", "log_parser", "eval_type", "eval_script"),
+    columns=(*COLUMNS, "image", "log_parser", "eval_type", "eval_script"),
     extra=("image_assets",),
     split="test",
     mined=mined,
@@ -128,7 +128,7 @@ FAMILY = Family(
 FAMILY_OLD = Family(
     marks=("test_patch", "base_commit", "environment_setup_commit"),
     others=("meta",),  # a collection of the same form that is no benchmark
-    columns=(*_COMMON, *_TESTS),
+    columns=COLUMNS,
     split="test",
     mined=mined_old,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from entropo_ray.tasks.columns import Family, Images, Row
 from entropo_ray.tasks.pack import Mined
-from entropo_ray.tasks.swebench import by_pytest
+from entropo_ray.tasks.swebench import COLUMNS, by_pytest
 
 
 def mined(row: Row, images: Images) -> Mined:
@@ -16,17 +16,7 @@ def mined(row: Row, images: Images) -> Mined:
 FAMILY = Family(
     marks=("test_patch", "base_commit", "version"),
     others=("environment_setup_commit", "meta"),
-    columns=(
-        "instance_id",
-        "repo",
-        "base_commit",
-        "patch",
-        "test_patch",
-        "problem_statement",
-        "version",
-        "FAIL_TO_PASS",
-        "PASS_TO_PASS",
-    ),
+    columns=COLUMNS,
     split="train",
     mined=mined,
 )
