@@ -218,7 +218,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Sft(Fit):
-    teacher: Literal["scripted"] = "scripted"
+    teacher: Literal["scripted", "reference"] = "scripted"  # knows the local pack; or shows the reference patches
     base: str = ""  # a Hugging Face causal LM; "": a tokenizer and a random Qwen3 are made here
     split: Literal["train", "practice"] = "train"  # tasks of the pack that the teacher plays on
     samples: int = 2  # teacher attempts per task

@@ -1,4 +1,4 @@
-"""A seed policy without downloads: imitate a scripted teacher that reads only what a policy may read.
+"""A seed policy: imitate a scripted teacher that reads only what a policy may read, or one that knows the answers.
 
     python jobs/sft.py conf/local.yaml [key=value ...]
 
@@ -14,6 +14,7 @@ from entropo_ray import config, observe, store, tasks
 from entropo_ray.agent import replay
 from entropo_ray.records import Policy, Trajectory
 from entropo_ray.rollout.teach import retell, teach
+from entropo_ray.tasks import reference
 from entropo_ray.train.fit import imitate
 from entropo_ray.train.initial import start
 
@@ -24,7 +25,8 @@ def sft(cfg: config.Run) -> Policy:
     seed = store.seed_of(cfg.run_dir)
     if not store.done(seed.trajectories):
         with stage("teach") as numbers:
-            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, to=seed.trajectories)
+            known = reference.edits(cfg.tasks.path, suite) if cfg.sft.teacher == "reference" else None
+            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, to=seed.trajectories, edits=known)
     base = store.policy(cfg.sft.base) if cfg.sft.base else Policy(path=seed.base, round=0)
     if not cfg.sft.base and not store.done(seed.base):
         with stage("start") as numbers:

@@ -19,12 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from entropo_ray import chat, config
 from entropo_ray.agent import episode, parse, prompts, replay, run_episode
+from entropo_ray.agent.demonstrator import Demonstrator
 from entropo_ray.agent.episode import Completion, EngineError, PromptTooLong
 from entropo_ray.agent.scripted import FLAWS, NOTE, ByteChat, Teacher, completion, scripted
 from entropo_ray.agent.spec import Action
 from entropo_ray.records import Role, RolloutRequest, Stop, Task
 from entropo_ray.sandbox import BackendDown, ExecResult, Patch, SandboxError, SandboxLost, SandboxSpec, open_sandbox
 from entropo_ray.tasks.handbook import Repair
+from entropo_ray.tasks.reference import Edit
 
 BYTES = ByteChat()
 CFG = config.Agent(
@@ -573,6 +575,23 @@ def test_a_careful_teacher_takes_back_what_breaks_a_test():
         ]
         assert len(set(edits)) == 2
         assert row.stop is Stop.AGENT
+
+
+def test_a_demonstrator_makes_the_edits_that_it_knows_and_errs_in_its_share():
+    edit = Edit("ops.py", 1, SOURCE.rstrip("\n"), SOURCE.replace("a - b", "a + b").rstrip("\n"))
+    shown = lambda rate: Demonstrator(BYTES, rate, {f"[ISSUE]\n{TASK.problem}\n[/ISSUE]": (edit,)})  # noqa: E731
+    tasks = [dataclasses.replace(TASK, id=f"t{n}") for n in range(100)]
+    for row in [play(shown(0.0), task=task) for task in tasks[:5]]:
+        assert row.patch == SOURCE.replace("a - b", "a + b")
+        assert [turn.tool for turn in row.turns] == ["file_editor", "file_editor", "finish"]
+        assert not any("ERROR" in turn.observation for turn in row.turns)
+        assert "return a - b" in row.turns[0].observation
+    ways = Counter(" ".join(turn.tool for turn in row.turns) for row in (play(shown(1.0), task=task) for task in tasks))
+    assert ways.keys() == {"file_editor file_editor file_editor finish", "file_editor finish"}  # doubt, idle
+    assert 8 <= ways["file_editor finish"] <= 35
+    halves = [play(shown(0.5), task=task).patch == SOURCE.replace("a - b", "a + b") for task in tasks]
+    assert 35 <= sum(halves) <= 65
+    assert play(shown(0.5)).token_ids == play(shown(0.5)).token_ids
 
 
 def test_a_teacher_that_sees_no_fault_quits():

@@ -15,7 +15,7 @@ import pytest
 
 from entropo_ray import config, tasks
 from entropo_ray.records import Answer, Task
-from entropo_ray.tasks import handbook, local, pack
+from entropo_ray.tasks import diffs, handbook, local, pack, reference
 from entropo_ray.tasks.families import FAMILIES, PAIRS, RIDDLES
 from entropo_ray.tasks.forms import Family, changed, edit, functions, match, split_kind
 from entropo_ray.tasks.pack import Mined
@@ -392,3 +392,68 @@ def test_a_practice_task_is_a_clean_directory_without_a_commit(tmp_path):
 def test_more_tasks_than_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at most"):
         local.generate(count=100_000, held_out=0, ambiguous=0.3, hidden=0.1, seed=0, to=tmp_path)
+
+
+# ---- reference patches as edits ----
+
+
+def test_edits_in_order_make_the_reference_patch(made):
+    to, mined = made
+    found = reference.edits(str(to), tasks.load(config.Tasks(path=str(to))))
+    assert len(found) == _SIZES["count"]
+    for m in mined:
+        if m.task.split != "train":
+            continue
+        before = text = Path(m.task.image, _path(m.answer)).read_text()
+        for edit_ in found[m.task.problem]:
+            assert text.count(edit_.old) == 1, m.task.id
+            assert text[: text.index(edit_.old)].count("\n") == edit_.first - 1
+            text = text.replace(edit_.old, edit_.new)
+        assert diffs.between(_path(m.answer), before, text) == m.answer.patch
+
+
+_TWICE = "".join(f"line {n}\n" for n in range(40))
+
+
+def test_edits_of_one_file_count_lines_as_they_are_by_then(made, tmp_path):
+    _, mined = made
+    after = _TWICE.replace("line 3\n", "line 3\nmore\nand more\n").replace("line 30\n", "")
+    text = diffs.between("a.txt", _TWICE, after)
+    one = next(m for m in mined if m.task.split == "train")
+    (found,) = _edits_of(replace(one, answer=replace(one.answer, patch=text)), tmp_path).values()
+    first, second = found
+    assert (first.path, first.first, second.first) == ("a.txt", 2, 30)
+    half = _TWICE.replace(first.old, first.new)
+    assert half.split("\n")[second.first - 1] == second.old.split("\n")[0]
+    assert half.replace(second.old, second.new) == after
+
+
+def _edits_of(one: Mined, to: Path):
+    tasks.write(to, [one])
+    return reference.edits(str(to), [one.task])
+
+
+@pytest.mark.parametrize(
+    ("patch", "says"),
+    [
+        (diffs.between("new.py", None, "x\n"), "does more to new.py"),
+        (diffs.between("old.py", "x\n", None), "does more to old.py"),
+        ("diff --git a/x b/x\nGIT binary patch\nliteral 1\n", "does more to x"),
+        ("diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1,0 +1 @@\n+x\n", "changes x where nothing stands"),
+        ("diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ odd @@\n x\n+x\n", "cannot be read"),
+    ],
+)
+def test_a_reference_patch_that_is_more_than_changed_lines_is_named(made, tmp_path, patch, says):
+    one = next(m for m in made[1] if m.task.split == "train")
+    with pytest.raises(ValueError, match=rf"^{one.task.id}: the reference patch .*{says}.*sft.teacher") as error:
+        _edits_of(replace(one, answer=replace(one.answer, patch=patch)), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_reference_patches_are_shown_for_training_tasks_alone(made):
+    to, mined = made
+    test, train = (next(m.task for m in mined if m.task.split == split) for split in ("test", "train"))
+    with pytest.raises(ValueError, match="split=test: reference patches are shown for training tasks alone"):
+        reference.edits(str(to), [test])
+    with pytest.raises(ValueError, match=r"^no-such: .* holds no answer of it"):
+        reference.edits(str(to), [replace(train, id="no-such")])

@@ -90,7 +90,7 @@ def system(cfg: config.Agent) -> str:
 
 def task(task: Task, cfg: config.Agent) -> str:
     """The first user message."""
-    return _fill(PromptFields(_clean(task.problem), task.workdir), cfg)
+    return _fill(PromptFields(shown(task.problem), task.workdir), cfg)
 
 
 def _fill(fields: PromptFields, cfg: config.Agent) -> str:
@@ -98,7 +98,7 @@ def _fill(fields: PromptFields, cfg: config.Agent) -> str:
     return template.format(problem=fields.problem, workdir=fields.workdir)
 
 
-def _clean(problem: str) -> str:
+def shown(problem: str) -> str:
     text = problem.strip()
     text = text.removeprefix("[ISSUE]").removesuffix("[/ISSUE]").strip("\n")
     return text if len(text) <= PROBLEM_CHARS else f"{text[:PROBLEM_CHARS]}\n(cut at {PROBLEM_CHARS} characters)"

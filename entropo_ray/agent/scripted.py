@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from entropo_ray.agent import parse, prompts
 from entropo_ray.agent.episode import Completion, EngineError, Generate
-from entropo_ray.agent.spec import Action
+from entropo_ray.agent.spec import Action, Value
 from entropo_ray.chat import Chat, ChatML
 from entropo_ray.tasks import handbook
 from entropo_ray.tasks.handbook import Repair
@@ -199,51 +199,51 @@ class Teacher:
     def _reply(self, seen: _Seen, plan: _Plan) -> str:
         rng = random.Random(f"{plan.dice}/{seen.turns}")
         if seen.errors > 1:  # a second try is enough
-            return _say(rng, "finish", "finish")
+            return say(rng, "finish", "finish")
         if seen.source is None:
             return self._explore(seen, plan, rng)
         if plan.flaw == "idle" or (plan.flaw == "doubt" and seen.undone):
-            return _say(rng, "quit", "finish")
+            return say(rng, "quit", "finish")
         if seen.edits == 0:
             return self._edit(seen, plan, rng)
         if plan.flaw == "doubt":
-            return _say(rng, "doubt", "file_editor", command="undo_edit", path=seen.path or "")
+            return say(rng, "doubt", "file_editor", command="undo_edit", path=seen.path or "")
         if plan.tests and not seen.tested:
-            return _say(rng, "test", "execute_bash", cmd="python -m pytest -q --tb=no")
+            return say(rng, "test", "execute_bash", cmd="python -m pytest -q --tb=no")
         if plan.careful and seen.failing and not seen.undone and self._others(seen):
-            return _say(rng, "undo", "file_editor", command="undo_edit", path=seen.path or "")
-        return _say(rng, "finish", "finish")
+            return say(rng, "undo", "file_editor", command="undo_edit", path=seen.path or "")
+        return say(rng, "finish", "finish")
 
     def _explore(self, seen: _Seen, plan: _Plan, rng: random.Random) -> str:
         """Towards the file that the issue is about."""
         path, name = _path_in(seen.issue), _name_in(seen.issue)
         if seen.listed is None and name and (plan.searches or path is None):
-            return _say(rng, "search", "search", search_term=f"def {name.rpartition('.')[2]}")
+            return say(rng, "search", "search", search_term=f"def {name.rpartition('.')[2]}")
         if path is None and seen.listed is not None:
             path = _path_in(seen.listed)
             if path is None:
-                return _say(rng, "quit", "finish")
+                return say(rng, "quit", "finish")
         if path is None:
-            return _say(rng, "list", "file_editor", command="view", path=".")
-        return _say(rng, "view", "file_editor", command="view", path=f"./{path}")
+            return say(rng, "list", "file_editor", command="view", path=".")
+        return say(rng, "view", "file_editor", command="view", path=f"./{path}")
 
     def _edit(self, seen: _Seen, plan: _Plan, rng: random.Random) -> str:
         path, source = seen.path or "", seen.source or ""
         if plan.flaw == "cosmetic":
-            return _say(rng, "note", "file_editor", command="insert", path=path, insert_line=0, new_str=NOTE)
+            return say(rng, "note", "file_editor", command="insert", path=path, insert_line=0, new_str=NOTE)
         options = self._others(seen)
         if plan.flaw == "wrong" and not seen.undone:
             dice = random.Random(f"{plan.dice}/mistakes")
             options = list(self._mistakes(source, seen.issue, dice))[:NEAR]
         if not options:
-            return _say(rng, "quit", "finish")
+            return say(rng, "quit", "finish")
         usual = options[0].kind not in handbook.OPEN and plan.flaw != "wrong"
         weights = [USUAL if usual and option is options[0] else 1 for option in options]
         chosen = random.Random(f"{plan.dice}/repair").choices(options, weights)[0]
         old, new = chosen.old, chosen.new
         if plan.slips and not seen.errors:
             old, new = new, old  # takes what should stand there for what does
-        return _say(rng, "edit", "file_editor", command="str_replace", path=path, old_str=old, new_str=new)
+        return say(rng, "edit", "file_editor", command="str_replace", path=path, old_str=old, new_str=new)
 
     def _others(self, seen: _Seen) -> list[Repair]:
         """Right repairs that were not tried yet."""
@@ -251,7 +251,7 @@ class Teacher:
         return [repair for repair in repairs if (repair.old, repair.new) not in seen.tried]
 
 
-def _say(rng: random.Random, thought: str, tool: str, **arguments: str | int) -> str:
+def say(rng: random.Random, thought: str, tool: str, **arguments: Value) -> str:
     """A thought of the stock, then the call."""
     return f"{rng.choice(_THOUGHTS[thought])}\n{parse.encode(Action(tool, arguments))}"
 

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from entropo_ray import chat, config, store
+from entropo_ray.agent.demonstrator import Demonstrator
 from entropo_ray.agent.episode import Generate
 from entropo_ray.agent.replay import retokenise
 from entropo_ray.agent.scripted import ByteChat, Teacher
 from entropo_ray.records import Example, Grade, Role, Task, Trajectory
 from entropo_ray.rollout.episodes import widened
 from entropo_ray.rollout.sample import Play, requests, seal, stream, unanswered
+from entropo_ray.tasks.reference import Edits
 
 BYTES_A_TOKEN = 16  # room for a teacher that speaks in bytes: no tokenizer packs more into a token, on average
 
@@ -29,11 +31,19 @@ KEEP: dict[str, Callable[[Trajectory], bool]] = {
 
 
 def teach(
-    suite: Sequence[Task], cfg: config.Rollout, sft: config.Sft, *, seed: int, to: Path, answers: str | None = None
+    suite: Sequence[Task],
+    cfg: config.Rollout,
+    sft: config.Sft,
+    *,
+    seed: int,
+    to: Path,
+    answers: str | None = None,
+    edits: Edits | None = None,
 ) -> dict[str, float]:
     """`sft.samples` attempts of the scripted teacher at each task, as a sealed product of trajectories; its numbers.
 
-    It errs on purpose in a share `sft.error_rate` of them. `answers`: the pack whose hidden tests grade.
+    It errs on purpose in a share `sft.error_rate` of them. `answers`: the pack whose hidden tests grade. `edits`: what
+    a teacher that knows the reference patches shows.
     """
     if not suite:
         raise ValueError("the suite has no task: tasks.path, tasks.split and tasks.limit leave none")
@@ -43,7 +53,7 @@ def teach(
     asked = requests(suite, sft.samples, role=Role.FIX, round=0, seed=seed, word="teach")
     timing: dict[str, float] = {}
     if missing := unanswered(asked, to):
-        voice = functools.partial(teacher_voice, sft.error_rate)
+        voice = functools.partial(teacher_voice, sft.error_rate, edits)
         # imitation wants the tokens alone, and reading a patch takes longer than the rest of a teacher's episode
         play = Play(voice=voice, kind="scripted", temperature=0.0, answers=answers, patched=answers is not None)
         timing = stream(missing, play, wide, to=to)
@@ -52,10 +62,10 @@ def teach(
     return found
 
 
-def teacher_voice(error_rate: float) -> tuple[Generate, chat.Chat]:
+def teacher_voice(error_rate: float, edits: Edits | None) -> tuple[Generate, chat.Chat]:
     """Who answers in an episode actor of `teach`."""
     words = ByteChat()
-    return Teacher(words, error_rate), words
+    return (Teacher(words, error_rate) if edits is None else Demonstrator(words, error_rate, edits)), words
 
 
 def retell(trajectories: Path, chat_path: Path, cfg: config.Agent, *, keep: str, to: Path) -> dict[str, float]:
