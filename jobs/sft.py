@@ -14,7 +14,6 @@ from entropo_ray import config, observe, store, tasks
 from entropo_ray.agent import replay
 from entropo_ray.records import Policy, Trajectory
 from entropo_ray.rollout.teach import retell, teach
-from entropo_ray.tasks import reference
 from entropo_ray.train.fit import imitate
 from entropo_ray.train.initial import start
 
@@ -25,8 +24,8 @@ def sft(cfg: config.Run) -> Policy:
     seed = store.seed_of(cfg.run_dir)
     if not store.done(seed.trajectories):
         with stage("teach") as numbers:
-            known = reference.edits(cfg.tasks.path, suite) if cfg.sft.teacher == "reference" else None
-            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, to=seed.trajectories, edits=known)
+            shown = cfg.tasks.path if cfg.sft.teacher == "reference" else None
+            numbers |= teach(suite, cfg.rollout, cfg.sft, seed=cfg.seed, to=seed.trajectories, shown=shown)
     base = store.policy(cfg.sft.base) if cfg.sft.base else Policy(path=seed.base, round=0)
     if not cfg.sft.base and not store.done(seed.base):
         with stage("start") as numbers:

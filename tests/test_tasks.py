@@ -399,7 +399,7 @@ def test_more_tasks_than_names_are_refused(tmp_path):
 
 def test_edits_in_order_make_the_reference_patch(made):
     to, mined = made
-    found = reference.edits(str(to), tasks.load(config.Tasks(path=str(to))))
+    found = reference.edits(str(to), [task.id for task in tasks.load(config.Tasks(path=str(to)))])
     assert len(found) == _SIZES["count"]
     for m in mined:
         if m.task.split != "train":
@@ -430,7 +430,7 @@ def test_edits_of_one_file_count_lines_as_they_are_by_then(made, tmp_path):
 
 def _edits_of(one: Mined, to: Path):
     tasks.write(to, [one])
-    return reference.edits(str(to), [one.task])
+    return reference.edits(str(to), [one.task.id])
 
 
 @pytest.mark.parametrize(
@@ -450,10 +450,8 @@ def test_a_reference_patch_that_is_more_than_changed_lines_is_named(made, tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_reference_patches_are_shown_for_training_tasks_alone(made):
-    to, mined = made
-    test, train = (next(m.task for m in mined if m.task.split == split) for split in ("test", "train"))
-    with pytest.raises(ValueError, match="split=test: reference patches are shown for training tasks alone"):
-        reference.edits(str(to), [test])
-    with pytest.raises(ValueError, match=r"^no-such: .* holds no answer of it"):
-        reference.edits(str(to), [replace(train, id="no-such")])
+@pytest.mark.parametrize("split", ["test", "practice"])
+def test_reference_patches_are_shown_for_training_tasks_alone(made, tmp_path, split):
+    one = next(m for m in made[1] if m.task.split == "test")
+    with pytest.raises(ValueError, match=rf"^{one.task.id}: split={split}: .* training tasks alone; give sft.split"):
+        _edits_of(replace(one, task=replace(one.task, split=split)), tmp_path)

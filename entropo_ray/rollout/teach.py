@@ -19,7 +19,7 @@ from entropo_ray.agent.scripted import ByteChat, Teacher
 from entropo_ray.records import Example, Grade, Role, Task, Trajectory
 from entropo_ray.rollout.episodes import widened
 from entropo_ray.rollout.sample import Play, requests, seal, stream, unanswered
-from entropo_ray.tasks.reference import Edits
+from entropo_ray.tasks.reference import edits
 
 BYTES_A_TOKEN = 16  # room for a teacher that speaks in bytes: no tokenizer packs more into a token, on average
 
@@ -38,22 +38,25 @@ def teach(
     seed: int,
     to: Path,
     answers: str | None = None,
-    edits: Edits | None = None,
+    shown: str | None = None,
 ) -> dict[str, float]:
     """`sft.samples` attempts of the scripted teacher at each task, as a sealed product of trajectories; its numbers.
 
-    It errs on purpose in a share `sft.error_rate` of them. `answers`: the pack whose hidden tests grade. `edits`: what
-    a teacher that knows the reference patches shows.
+    It errs on purpose in a share `sft.error_rate` of them. `answers`: the pack whose hidden tests grade. `shown`: the
+    pack whose reference patches the teacher demonstrates instead of searching for repairs.
     """
     if not suite:
         raise ValueError("the suite has no task: tasks.path, tasks.split and tasks.limit leave none")
     if sft.keep == "resolved" and answers is None:
         raise ValueError("sft.keep=resolved: the teacher's trajectories must be graded for that; give keep=finished")
     wide = dataclasses.replace(cfg, agent=widened(cfg.agent, BYTES_A_TOKEN))
+    ids = tuple(task.id for task in suite)
+    if shown is not None:
+        edits(shown, ids)  # what is wrong with them is said here, not by an actor
     asked = requests(suite, sft.samples, role=Role.FIX, round=0, seed=seed, word="teach")
     timing: dict[str, float] = {}
     if missing := unanswered(asked, to):
-        voice = functools.partial(teacher_voice, sft.error_rate, edits)
+        voice = functools.partial(teacher_voice, sft.error_rate, shown, ids)
         # imitation wants the tokens alone, and reading a patch takes longer than the rest of a teacher's episode
         play = Play(voice=voice, kind="scripted", temperature=0.0, answers=answers, patched=answers is not None)
         timing = stream(missing, play, wide, to=to)
@@ -62,10 +65,10 @@ def teach(
     return found
 
 
-def teacher_voice(error_rate: float, edits: Edits | None) -> tuple[Generate, chat.Chat]:
+def teacher_voice(error_rate: float, shown: str | None, ids: Sequence[str]) -> tuple[Generate, chat.Chat]:
     """Who answers in an episode actor of `teach`."""
     words = ByteChat()
-    return (Teacher(words, error_rate) if edits is None else Demonstrator(words, error_rate, edits)), words
+    return Teacher(words, error_rate) if shown is None else Demonstrator(words, error_rate, edits(shown, ids)), words
 
 
 def retell(trajectories: Path, chat_path: Path, cfg: config.Agent, *, keep: str, to: Path) -> dict[str, float]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from entropo_ray.records import Task
 from entropo_ray.tasks import diffs, pack
 
 Edits = Mapping[str, tuple["Edit", ...]]  # problem of a task -> what its reference patch does, in order
@@ -25,19 +24,21 @@ class Edit:
     new: str
 
 
-def edits(path: str, suite: Sequence[Task]) -> dict[str, tuple[Edit, ...]]:
-    """The edits of the suite's reference patches, by problem.
+def edits(path: str, ids: Sequence[str]) -> dict[str, tuple[Edit, ...]]:
+    """The edits of the reference patches of some tasks of a pack, by problem.
 
-    ValueError, one line: a task without an answer, one that is not for training, or a patch that is more than changed
-    lines of existing files.
+    ValueError, one line: a task that is not for training or has no answer, or a patch that is more than changed lines
+    of existing files.
     """
-    answers = pack.answers(Path(path).expanduser())
+    home = Path(path).expanduser()
+    answers, by_id = pack.answers(home), {task.id: task for task in pack.tasks(home)}
     found: dict[str, tuple[Edit, ...]] = {}
-    for task in suite:
-        if task.split != "train":
-            raise ValueError(f"{task.id}: split={task.split}: reference patches are shown for training tasks alone")
-        if task.id not in answers:
-            raise ValueError(f"{task.id}: {path} holds no answer of it; give sft.teacher=scripted, or another pack")
+    for task in (by_id[key] for key in ids):
+        if task.split != "train" or task.id not in answers:
+            raise ValueError(
+                f"{task.id}: split={task.split}: reference patches are shown for training tasks alone; "
+                "give sft.split=train or sft.teacher=scripted"
+            )
         try:
             found[task.problem] = tuple(_edits(answers[task.id].patch))
         except ValueError as error:
