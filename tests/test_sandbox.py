@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import itertools
@@ -485,6 +486,21 @@ except BlockingIOError:
 def test_processes_are_limited(image):
     needs_bwrap()
     assert 10 < int(alive_afterwards(image, ["python", "-c", FORKS]).output) < SMALL.pids
+
+
+def test_a_process_counts_no_longer_than_it_lives(image):
+    """Neither the commands of a sandbox one after another, nor the processes of one command, add up."""
+    needs_groups()
+
+    async def work(sandbox):
+        for number in range(60):
+            done = await sandbox.exec(["true"])
+            assert done.exit_code == 0, (number, done)
+        (group,) = (path for path in groups_of(bwrap.client().pid) if path.parents[1] == Path(cgroup.find().pids))
+        assert (group / "pids.current").read_text() == "0\n"
+        return await sandbox.exec("for i in $(seq 300); do /bin/true || exit 1; done; echo all")
+
+    assert inside(image, work, limits=dataclasses.replace(SMALL, pids=16)).output == b"all\n"
 
 
 def test_a_memory_hog_is_killed_and_said_so(image):

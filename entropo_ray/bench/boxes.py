@@ -40,8 +40,7 @@ def run(cfg: Boxes) -> dict[str, Any]:
         for backend, image, repeats, live in _backends(cfg, Path(home)):
             if missing := probe(backend):
                 sys.stdout.write("\n".join(missing) + "\n")
-            # some kernels (6.18) count a process for up to a second after its end: no quick loop may meet the limit
-            spec = SandboxSpec(image, limits=Limits(memory_mb=256, pids=4096, disk_mb=64))
+            spec = SandboxSpec(image, limits=Limits(memory_mb=256, disk_mb=64))
             found = asyncio.run(_operations(backend, spec, repeats))
             _print(backend, found)
             rates = {n: asyncio.run(_rate(backend, spec, n, cfg.seconds)) for n in cfg.workers}

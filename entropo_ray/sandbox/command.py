@@ -40,6 +40,7 @@ class Command:
         self._pid = os.fork()
         if self._pid == 0:
             _become(launcher, cell, request, fds, handed)
+        launcher.expect(self._pid)
         close_all(handed)
         os.set_blocking(self._status, False)
         self._process = os.pidfd_open(self._pid)
@@ -80,8 +81,7 @@ class Command:
         self._read_status()
         self._launcher.unwatch(self._process)
         self._launcher.at(self)
-        _, status = os.waitpid(self._pid, 0)
-        self._code = os.waitstatus_to_exitcode(status)
+        self._code = self._launcher.ended(self._pid)
         if self._init is None:
             self._finish()
         else:
@@ -89,6 +89,7 @@ class Command:
             self._launcher.watch(self._init, self._finish)
 
     def _finish(self) -> None:
+        self._launcher.bury()
         documents = [json.loads(line) for line in self._documents.split(b"\n") if line]
         started = any("child-pid" in document for document in documents)
         codes = [document["exit-code"] for document in documents if "exit-code" in document]

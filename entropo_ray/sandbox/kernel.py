@@ -21,7 +21,7 @@ _OPEN_TREE, _MOVE_MOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 437, 442
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH, _MOUNT_ATTR_IDMAP = 1, 4, 0x00100000
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (c_char_p, c_char_p, c_char_p, c_ulong, c_char_p)
@@ -57,6 +57,11 @@ def setns(fd: int, kind: int) -> None:
 
 def no_new_privileges() -> None:
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, c_ulong(1), c_ulong(0), c_ulong(0), c_ulong(0)), "no_new_privs")
+
+
+def adopt_orphans() -> None:
+    """From now on, processes whose parent ends below us become our children, not those of the first process."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, c_ulong(1), c_ulong(0), c_ulong(0), c_ulong(0)), "child_subreaper")
 
 
 class _OpenHow(ctypes.Structure):

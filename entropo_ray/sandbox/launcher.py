@@ -85,6 +85,8 @@ class Launcher:
         self._timers: dict[object, tuple[float, Callable[[], None]]] = {}
         self.cells: dict[str, Cell] = {}
         self._requests, self._running = requests, True
+        self._children: dict[int, int | None] = {}  # pid of each command -> wait status, once it has ended
+        kernel.adopt_orphans()
         self.filter = seccomp.program()
         self.groups = cgroup.find()
         cgroup.reap(self.groups)
@@ -106,6 +108,28 @@ class Launcher:
         self._timers.pop(whose, None)
         if call:
             self._timers[whose] = (moment, call)
+
+    def expect(self, pid: int) -> None:
+        """A child of ours whose status will be asked for."""
+        self._children[pid] = None
+
+    def ended(self, pid: int) -> int:
+        """Exit code of an expected child that has ended."""
+        self.bury()
+        status = self._children.pop(pid)
+        assert status is not None, "a command was asked for its end before that"
+        return os.waitstatus_to_exitcode(status)
+
+    def bury(self) -> None:
+        """Wait for every child that has ended.
+
+        A first process inside that outlives its bubblewrap comes to us. Left to the machine's first process, which may
+        look once a second, it would count as one of its sandbox's processes until then.
+        """
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                if found[0] in self._children:
+                    self._children[found[0]] = found[1]
 
     def _stop(self) -> None:
         self._running = False
