@@ -64,10 +64,11 @@ class Cell:
         while self._after and self.command is None:
             self._after.pop(0)()
 
-    def reset(self) -> None:
-        new = self._box()
-        self.box.close()
-        self.box = new
+    def reset(self, answer: socket.socket) -> None:
+        """Answers as soon as the new box is there: the fuller the old one is, the longer it takes to vanish."""
+        old, self.box = self.box, self._box()
+        reply(answer, {})
+        old.close()
 
     def close(self) -> None:
         self._launcher.cells.pop(self.name, None)
@@ -217,7 +218,7 @@ class Launcher:
 
     def _reset(self, request: Request, answer: socket.socket, fds: list[int]) -> None:
         cell = self._cell(request)
-        cell.idle(lambda: finished(answer, cell.reset))
+        cell.idle(lambda: guarded(answer, lambda: cell.reset(answer)))
 
     def _close(self, request: Request, answer: socket.socket, fds: list[int]) -> None:
         cell = self._cell(request)
