@@ -137,6 +137,7 @@ def _become(launcher: Launcher, cell: Cell, request: Request, fds: list[int], ha
         os.dup2(output, 2)
         for fd in handed:
             os.set_inheritable(fd, True)
+        _hear_all()
         _limit(launcher, cell)
         kernel.setns(cell.box.namespace, kernel.CLONE_NEWNS)
         if launcher.stage.privileged:
@@ -155,6 +156,14 @@ def _become(launcher: Launcher, cell: Cell, request: Request, fds: list[int], ha
             os.write(2, f"sandbox: {error}\n".encode())
     finally:
         os._exit(125)
+
+
+def _hear_all() -> None:
+    """No signal is ignored or blocked inside because Python, the launcher or whoever started us does so."""
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _limit(launcher: Launcher, cell: Cell) -> None:
