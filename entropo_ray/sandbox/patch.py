@@ -54,7 +54,9 @@ while IFS= read -r -d '' path; do left "${{path%/}}"; done < <(git ls-files --ot
 compare() {{ git diff --cached --no-ext-diff --no-textconv --no-color --no-renames "$@" "$base"; }}
 compare --raw -z --no-abbrev > "$SCRATCH/raw" || exit {_TREE_BROKEN}
 compare --binary --full-index --src-prefix=a/ --dst-prefix=b/ > "$SCRATCH/patch" || exit {_TREE_BROKEN}
-cd "$SCRATCH" && stat -c %s raw left patch && cat raw left patch
+cd "$SCRATCH" || exit {_TREE_BROKEN}
+[ "$(stat -c %s patch)" -le {3 * PATCH_MB << 20} ] || : > patch
+stat -c %s raw left patch && cat raw left patch
 """
 _JUNK = re.compile(rb"(^|/)(__pycache__|\.pytest_cache)(/|$)|\.pyc$")
 _UNREADABLE = Patch(text="", files=(), dropped=(".",), lossy=True)
@@ -64,7 +66,7 @@ _UNREADABLE = Patch(text="", files=(), dropped=(".",), lossy=True)
 class _Change:
     path: bytes
     link: bool  # to another repository, whose content git does not hold
-    hunks: bytes
+    hunks: bytes  # none where the whole is far too large
 
 
 async def extract(run: Run) -> Patch:
@@ -77,7 +79,7 @@ async def extract(run: Run) -> Patch:
         if found is None:
             return _UNREADABLE
     changes, left = found
-    out = {change.path for change in changes if change.link or len(change.hunks) > FILE_MB << 20}
+    out = {change.path for change in changes if change.link or not 0 < len(change.hunks) <= FILE_MB << 20}
     kept = [change for change in changes if change.path not in out]
     if sum(len(change.hunks) for change in kept) > PATCH_MB << 20:
         out |= {change.path for change in kept}
@@ -118,7 +120,7 @@ def _split(raw: bytes, patch: bytes) -> list[_Change]:
         count = 2 if status == b"T" else 1
         changes.append(_Change(path, b"160000" in (before, after), b"".join(pieces[:count])))
         del pieces[:count]
-    whole = not pieces and all(change.hunks for change in changes)
+    whole = not pieces and (not patch or all(change.hunks for change in changes))
     assert whole, "git's two listings of one difference disagree"
     return changes
 
