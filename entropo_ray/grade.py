@@ -23,9 +23,10 @@ from pathlib import Path
 from entropo_ray import config, sandbox
 from entropo_ray.records import Answer, Grade, Task, Verdict, to_row
 from entropo_ray.sandbox import ExecResult, Sandbox, SandboxError, SandboxSpec
+from entropo_ray.sandbox.patch import PATCH_MB
 from entropo_ray.tasks import pack, scripted
 
-GRADER_VERSION = "pytest-1"  # part of every cache key: raise it when a verdict could change
+GRADER_VERSION = "pytest-2"  # part of every cache key: raise it when a verdict could change
 
 # nothing of what loads pytest is garbage: collecting meanwhile costs a seventh of the CPU time of a short run
 _INSIDE = "import gc\ngc.disable()\n" + Path(__file__).with_name("grade_inside.py").read_text()
@@ -139,18 +140,26 @@ def _file(test: str) -> str:
 
 async def grade(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
     """Hidden and visible tests on `patch`, in a fresh sandbox. SandboxError if it dies, ValueError on a bad answer."""
-    if not patch.strip():
-        return _verdict(Grade.EMPTY, "the patch is empty")
-    return await _hidden(task, patch, answer, cfg)
+    return _unfit(patch) or await _hidden(task, patch, answer, cfg)
 
 
 async def check(task: Task, patch: str, cfg: config.Sandbox) -> Verdict:
     """The visible tests alone on an untouched checkout with `patch`; RESOLVED if all pass. SandboxError if it dies."""
-    if not patch.strip():
-        return _verdict(Grade.EMPTY, "the patch is empty")
+    if unfit := _unfit(patch):
+        return unfit
     if not task.visible:
         return _verdict(Grade.RESOLVED, "there are no visible tests")
     return await _run(task, patch, Expectation(passing=task.visible), {}, cfg)
+
+
+def _unfit(patch: str) -> Verdict | None:
+    """The verdict on a patch that is none, or that no sandbox would have given out."""
+    if not patch.strip():
+        return _verdict(Grade.EMPTY, "the patch is empty")
+    size = len(patch.encode(errors="surrogateescape"))
+    if size > PATCH_MB << 20:
+        return _verdict(Grade.PATCH_FAILED, f"the patch has {size} bytes, more than {PATCH_MB} MiB")
+    return None
 
 
 async def _hidden(task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
