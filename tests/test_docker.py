@@ -157,20 +157,6 @@ def test_links_and_pipes_stay_inside(image, tmp_path):
     assert outside.read_text() == "host"
 
 
-def test_two_sandboxes_share_nothing(image):
-    serve = "import socket, time; s = socket.create_server(('127.0.0.1', 8123)); open('/tmp/x', 'x'); time.sleep(0.5)"
-
-    async def both():
-        spec = SandboxSpec(image, limits=SMALL)
-        async with (
-            open_sandbox(spec, backend="docker") as one,
-            open_sandbox(spec, backend="docker") as two,
-        ):
-            return await asyncio.gather(one.exec(["python", "-c", serve]), two.exec(["python", "-c", serve]))
-
-    assert [done.output for done in asyncio.run(both())] == [b"", b""]
-
-
 def test_what_an_image_asks_for_is_not_done(image, layer):
     """Its start-up command, health check, volumes and user; and `python` is there where it has only python3."""
     import docker

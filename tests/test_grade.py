@@ -12,6 +12,7 @@ from entropo_ray import config, grade, sandbox
 from entropo_ray.grade import Answers
 from entropo_ray.records import Answer, File, Grade, Task
 from entropo_ray.sandbox import SandboxError
+from entropo_ray.tasks import pack
 
 CFG = config.Sandbox(backend="bwrap" if shutil.which("bwrap") else "plain", grade_s=20.0)
 
@@ -224,6 +225,135 @@ def test_an_endless_loop_times_out(task, patch_of, answer):
 def test_a_lost_sandbox_is_no_verdict(task, gold, answer):
     with pytest.raises(SandboxError):
         graded(dataclasses.replace(task, image="/no/such/layer"), gold, answer)
+
+
+@pytest.mark.parametrize("word", ["skip", "xfail"])
+def test_a_test_that_excuses_itself_has_not_passed(task, patch_of, answer, word):
+    """Threat 7."""
+    verdict = graded(task, patch_of({"shop/numbers.py": fixed(body=f"__import__('pytest').{word}('later')")}), answer)
+    assert (verdict.grade, verdict.failed) == (Grade.UNRESOLVED, F2P), verdict
+
+
+# Patches of every shape, and what they cannot do, on both backends
+
+
+@pytest.fixture(params=["bwrap", pytest.param("docker", marks=pytest.mark.docker)])
+def place(request, task, layer):
+    """The task as this backend knows it, and its settings."""
+    if request.param == "docker":
+        request.getfixturevalue("docker_host")
+        return dataclasses.replace(task, image=engine.image_of(layer)), dataclasses.replace(CFG, backend="docker")
+    if trouble := [line for line in sandbox.probe("bwrap") if "control group" not in line]:
+        pytest.skip(trouble[0])
+    return task, dataclasses.replace(CFG, backend="bwrap")
+
+
+def added(path, lines):
+    """A patch that makes a file."""
+    head = f"diff --git a/{path} b/{path}\nnew file mode 100644\n--- /dev/null\n+++ b/{path}\n"
+    return head + f"@@ -0,0 +1,{len(lines)} @@\n" + "".join(f"+{line}\n" for line in lines)
+
+
+SHAPES = {
+    "no last newline": (lambda gold, of: gold.removesuffix("\n"), Grade.PATCH_FAILED, "corrupt"),
+    "turned into CRLF": (lambda gold, of: gold.replace("\n", "\r\n"), Grade.PATCH_FAILED, ""),
+    "3 MB": (lambda gold, of: gold + added("words.txt", ["x" * 99] * 30_000), Grade.RESOLVED, ""),
+    "100 MB": (lambda gold, of: gold + added("words.txt", ["x" * 99] * 1_000_000), Grade.PATCH_FAILED, "8 MiB"),
+    "binary file": (lambda gold, of: of({"shop/numbers.py": fixed(), "a.bin": "\0\x01" * 999}), Grade.RESOLVED, ""),
+    "file of CRLF lines": (lambda gold, of: of({"shop/numbers.py": fixed("x = 1\r\n")}), Grade.RESOLVED, ""),
+    "file without last newline": (lambda gold, of: of({"shop/numbers.py": fixed().rstrip()}), Grade.RESOLVED, ""),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_patches_of_every_shape_get_a_named_verdict(place, gold, patch_of, answer, shape):
+    """Threats 20 to 22."""
+    make, decision, why = SHAPES[shape]
+    verdict = graded(place[0], make(gold, patch_of), answer, place[1])
+    assert verdict.grade is decision, verdict
+    assert why in verdict.reason
+
+
+PREPARED = """
+mkdir -p ~/.local/lib/python3.11/site-packages ~/.config /tmp/bin
+for file in sitecustomize.py usercustomize.py pytest.py json.py; do
+    echo 'import os; os._exit(0)' | tee ~/.local/lib/python3.11/site-packages/$file /tmp/$file > $file
+done
+cp $(command -v true) /tmp/bin/python; echo 'export PATH=/tmp/bin:$PATH' | tee ~/.bashrc > ~/.profile
+for place in /usr/bin /usr/local/bin /opt/runner/bin /etc; do cp /tmp/bin/python $place/ && echo wrote $place; done
+setsid bash -c 'while :; do for f in tests/*.py; do echo "def test_above(): pass" > $f; done; done' &
+sed -i 's/return 2/return  2/' shop/numbers.py
+echo prepared
+"""
+
+
+def test_what_an_agent_prepares_in_its_box_does_not_reach_the_grader(place, answer):
+    """Threat 9: watchers, start-up files and patched programs stay where they were; only the patch crosses."""
+    boxed, cfg = place
+
+    async def whole():
+        async with sandbox.open_sandbox(grade._spec(boxed, cfg), backend=cfg.backend) as box:
+            done = await box.exec(PREPARED)
+            assert done.output.endswith(b"prepared\n"), done.output
+            assert b"wrote" not in done.output
+            patch = await box.extract_patch()
+            watcher = asyncio.create_task(box.exec("while :; do touch tests/test_clamp.py /tmp/seen; done", timeout=60))
+            verdict = await grade.grade(boxed, patch.text, answer, cfg)
+            assert not watcher.done()
+            watcher.cancel()
+        return patch, verdict
+
+    patch, verdict = asyncio.run(whole())
+    assert "shop/numbers.py" in patch.files
+    assert (verdict.grade, verdict.failed) == (Grade.UNRESOLVED, F2P), verdict
+    assert set(verdict.dropped) == set(patch.files) - {"shop/numbers.py"}
+
+
+def test_no_file_of_a_rollout_holds_a_word_of_the_hidden_tests(place, answer, gold, tmp_path):
+    """Threat 3: neither before a grading nor beside it nor afterwards."""
+    boxed, cfg = place
+    pack.write(tmp_path, [pack.Mined(task=boxed, answer=answer)])
+    assert "test_below" in (tmp_path / "answers.jsonl").read_text()
+    # all but the host's programs
+    search = (
+        "env | grep test_b[e]low; cd /; grep -rsl test_b[e]low testbed tmp home opt etc var run dev/shm; echo looked"
+    )
+
+    async def looks():
+        async with sandbox.open_sandbox(grade._spec(boxed, cfg), backend=cfg.backend) as box:
+            await box.exec("echo 'def test_below(): pass' > mine.py")
+            assert (await box.exec(search)).output == b"testbed/mine.py\nlooked\n"  # it would be found
+            await box.exec("rm mine.py")
+            first = asyncio.create_task(grade.grade(boxed, gold, answer, cfg))
+            seen = {(await box.exec(search)).output}
+            while not first.done():
+                seen.add((await box.exec(search)).output)
+            assert (await first).grade is Grade.RESOLVED
+            return seen | {(await box.exec(search)).output}
+
+    assert asyncio.run(looks()) == {b"looked\n"}
+
+
+DICE = """import time
+
+
+def test_seen():
+    seen = [time.tzname, hash("seed"), list({"one", "two", "three"})]
+    assert seen == 0, f"saw {seen}"
+"""
+
+
+def test_two_runs_of_one_patch_are_one_verdict(place, gold, answer):
+    """Threat 33: neither the order of sets nor the time zone is a die."""
+    boxed, cfg = place
+    strange = dataclasses.replace(
+        answer,
+        files=(*answer.files, File(path="tests/test_seen.py", text=DICE)),
+        fail_to_pass=(*F2P, "tests/test_seen.py::test_seen"),
+    )
+    first, second = (dataclasses.replace(graded(boxed, gold, strange, cfg), seconds=0.0) for _ in range(2))
+    assert first == second
+    assert "UTC" in first.reason
 
 
 # Forgeries: each would have every test reported as passed, or no test run at all, without mending anything.

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -176,6 +177,12 @@ def test_commands_stand_alone(backend, image):
         return await sandbox.exec("pwd; echo ${COLOUR-none}")
 
     assert inside(image, work, backend=backend).output == b"/testbed\nnone\n"
+
+
+def test_a_command_starts_with_no_signal_ignored_or_blocked(backend, image):
+    """As from a terminal: a writer to a closed pipe ends quietly, and programs that catch SIGINT get it."""
+    done = run(image, "grep -E 'SigBlk|SigIgn' /proc/self/status | cut -f2; yes | head -n 1", backend=backend)
+    assert done.output.decode().split() == ["0" * 16, "0" * 16, "y"]
 
 
 def test_stdin_cwd_and_env_reach_the_command(backend, image):
@@ -435,15 +442,171 @@ def test_no_link_leads_out(image, tmp_path):
     assert not Path("/evil").exists()
 
 
-def test_two_sandboxes_share_nothing(image):
-    needs_bwrap()
-    serve = "import socket, time; s = socket.create_server(('127.0.0.1', 8123)); open('/tmp/x', 'x'); time.sleep(0.3)"
+# --- attacks, over every backend with walls ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["bwrap", pytest.param("docker", marks=pytest.mark.docker)])
+def walled(request):
+    if request.param == "bwrap":
+        needs_groups()
+    else:
+        request.getfixturevalue("docker_host")
+    return request.param
+
+
+INSIDE = "set -- /proc/[0-9]*; echo $#"
+LIFE = {"exit_code": 0, "timed_out": False, "oom": False, "disk_full": False, "truncated": False}
+ENDED = LIFE | {"exit_code": None, "timed_out": True}
+ATTACKS = {
+    "fork bomb": ("bomb() { bomb | bomb; }; bomb 2>/dev/null", ENDED),
+    "10 GB of bytes": ("head -c 10G /dev/zero > /tmp/fill || exit 1", LIFE | {"exit_code": 1, "disk_full": True}),
+    "10 GB of nothing": ("truncate -s 10G /tmp/sparse", LIFE | {"exit_code": 128 + signal.SIGXFSZ}),
+    "memory": ("exec python -c 'bytearray(1 << 30)'", LIFE | {"exit_code": 137, "oom": True}),
+    "endless print": ("yes", ENDED | {"truncated": True}),
+    "setsid daemon": ("setsid bash -c \"trap '' TERM HUP INT; sleep 977\" >/dev/null 2>&1 </dev/null &", LIFE),
+    "stubborn daemon": ("trap '' TERM HUP INT; setsid sleep 977 & sleep 977", ENDED),
+    "link to a secret": ("ln -s /etc/shadow shadow; cat shadow", LIFE | {"exit_code": 1}),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_is_contained_and_has_a_named_result(walled, image, attack):
+    """Threats 12 to 14 and 17."""
+    command, expected = ATTACKS[attack]
+
+    async def work(sandbox):
+        before = await sandbox.exec(INSIDE)
+        done = await sandbox.exec(command, timeout=1.5 if expected["timed_out"] else 15)
+        after = await sandbox.exec(INSIDE)
+        with pytest.raises(OSError):  # noqa: PT011 (there is none, or it is not to be read)
+            await sandbox.read("shadow")
+        return done, before.output, after.output
+
+    done, before, after = inside(image, work, backend=walled)
+    assert {name: getattr(done, name) for name in expected} == expected, done
+    assert len(done.output) < SMALL.output_bytes + 100
+    assert before == after
+
+
+def test_files_without_end_are_a_full_disk(walled, image):
+    """Threat 12: as many names as there may be, in one directory."""
+    many = "import os\nfor n in range(10**6): os.close(os.open(f'/tmp/{n}', os.O_CREAT))"
+
+    async def work(sandbox):
+        done = await sandbox.exec(["python", "-c", many])
+        return done, await sandbox.exec("find /tmp -type f -delete; echo x > /tmp/one && echo alive")
+
+    limits = dataclasses.replace(SMALL, memory_mb=1024, disk_mb=512, exec_s=60)
+    done, after = inside(image, work, backend=walled, limits=limits)
+    assert b"No space left" in done.output
+    assert (done.exit_code, done.disk_full, done.oom) == (1, True, False)
+    assert (after.output, after.disk_full) == (b"alive\n", False)
+
+
+def test_a_hundred_megabytes_of_changes_are_dropped_and_said(walled, image):
+    """Threat 20; and little of it is ever in our own memory."""
+    many = "for n in $(seq 33); do yes these are words | head -c 3M > part$n; done; head -c 5M /dev/zero > whole"
+
+    async def work(sandbox):
+        assert (await sandbox.exec(many)).exit_code == 0
+        tracemalloc.start()
+        try:
+            patch = await sandbox.extract_patch()
+            return patch, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    limits = dataclasses.replace(SMALL, memory_mb=1024, disk_mb=256, exec_s=60)
+    patch, most = inside(image, work, backend=walled, limits=limits)
+    assert (patch.text, patch.files, patch.lossy) == ("", (), True)
+    assert patch.dropped == tuple(sorted([*(f"part{n}" for n in range(1, 34)), "whole"]))
+    assert most < 32 << 20
+
+
+BYTES = {
+    "binary": ("head -c 3000 /dev/urandom > noise", "GIT binary patch"),
+    "crlf": ("printf 'one\\r\\ntwo\\r\\n' > pkg/data.txt", "+two\r\n"),
+    "no last newline": ("printf 'one\\ntwo' > pkg/data.txt", "\\ No newline at end of file"),
+}
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_a_patch_keeps_every_byte(walled, image, tmp_path, kind):
+    """Threats 15, 20 and 21: as text that is JSON, and back."""
+    command, words = BYTES[kind]
+
+    async def work(sandbox):
+        await sandbox.exec(command)
+        tree = await sandbox.exec("sha256sum $(git ls-files -o -m -- ':!link')")
+        return await sandbox.extract_patch(), tree.output
+
+    patch, tree = inside(image, work, backend=walled)
+    assert (patch.dropped, patch.lossy) == ((), False)
+    assert words in patch.text
+    copy = tmp_path / "copy"
+    shutil.copytree(image, copy, symlinks=True)
+    git(copy, "apply", "--whitespace=nowarn", "-", stdin=json.loads(json.dumps(patch.text)).encode())
+    assert subprocess.run(["sha256sum", *patch.files], cwd=copy, capture_output=True).stdout == tree
+
+
+def test_the_host_cannot_be_reached(walled, image):
+    """Threats 10 and 11: what listens on this machine, by port or by name, and what clouds serve to theirs."""
+    name = f"entropo-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as named:
+        named.bind(f"\0{name}")
+        named.listen()
+        places = [("127.0.0.1", server.getsockname()[1]), ("169.254.169.254", 80), f"\0{name}"]
+        program = f"""
+import socket
+for place in {places!r}:
+    with socket.socket(socket.AF_UNIX if isinstance(place, str) else socket.AF_INET) as mine:
+        mine.settimeout(2)
+        try:
+            mine.connect(place)
+            print("reached", place)
+        except OSError as error:
+            print(type(error).__name__)
+"""
+        done = run(image, ["python", "-c", program], backend=walled)
+        assert b"reached" not in done.output
+        assert len(done.output.split()) == len(places)
+        socket.create_connection(places[0], 2).close()  # it does listen
+
+
+def test_nothing_of_ours_serves_inside(walled, image):
+    """Threat 23: no socket listens, no variable or file holds a token, no process but the first and the command's."""
+    looks = (
+        "tail -qn +2 /proc/net/tcp /proc/net/tcp6 /proc/net/udp /proc/net/udp6 /proc/net/unix; env | grep -ic token;"
+    )
+    looks += f"ls /run/*.sock /var/run/docker.sock 2>/dev/null; {INSIDE}"
+    silent, few = run(image, looks, backend=walled).output.decode().split()
+    assert (silent, int(few) < 8) == ("0", True)
+
+
+def test_what_reads_like_our_own_words_is_output(backend, image):
+    """Threat 24: what begins and ends a command here is said by no command."""
+    words = '+\\nsettled\\n{"exit-code": 0}\\nfree 0 0\\n\\1\\0\\0\\0\\0\\0\\0\\1x\\noom_kill 9\\n'
+    done = run(image, f"printf '{words}'; exit 3", backend=backend)
+    assert done.output == b'+\nsettled\n{"exit-code": 0}\nfree 0 0\n\1\0\0\0\0\0\0\1x\noom_kill 9\n'
+    assert (done.exit_code, done.oom, done.disk_full) == (3, False, False)
+
+
+def test_sandboxes_share_neither_ports_nor_files_nor_processes(walled, image):
+    """Threat 31."""
+    serve = "import os, socket, time; s = socket.create_server(('127.0.0.1', 8123)); open('/tmp/x', 'x'); "
+    serve += "os.mkdir('/home/agent/mine'); open('/dev/shm/y', 'x'); open('new', 'x'); time.sleep(1)"
+    reference = engine.image_of(image) if walled == "docker" else image
 
     async def both():
-        async with open_sandbox(SandboxSpec(image)) as one, open_sandbox(SandboxSpec(image)) as two:
-            return await asyncio.gather(one.exec(["python", "-c", serve]), two.exec(["python", "-c", serve]))
+        spec = SandboxSpec(reference, limits=SMALL)
+        async with open_sandbox(spec, backend=walled) as one, open_sandbox(spec, backend=walled) as two:
+            done = await asyncio.gather(*(box.exec(["python", "-c", serve]) for box in (one, two)))
+            await one.exec("echo mine > calc.py")
+            return [result.output for result in done], (await two.exec("cat calc.py")).output
 
-    assert [done.output for done in asyncio.run(both())] == [b"", b""]
+    said, other = asyncio.run(both())
+    assert said == [b"", b""]
+    assert other.startswith(b"def add")
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
