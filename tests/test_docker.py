@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import engine
 import pytest
-from test_sandbox import FORKS, MATRIX, git
+from test_sandbox import ASK, FORKS, MATRIX, git
 
 from entropo_ray.sandbox import (
     BackendDown,
@@ -29,6 +31,7 @@ from entropo_ray.sandbox import (
     open_sandbox,
     probe,
     reap,
+    seccomp,
 )
 from entropo_ray.sandbox import docker as backend
 
@@ -135,6 +138,15 @@ def test_the_agent_has_no_rights_and_no_network(image):
         assert b"gaierror" in (await sandbox.exec(["python", "-c", look_up])).output
 
     inside(image, work)
+
+
+def test_calls_that_lead_out_are_closed(image):
+    """Threat 26: by the engine's own filter, whatever the words."""
+    names = ("mount", "pivot_root", "setns", "unshare", "bpf", "keyctl", "add_key", "perf_event_open", "kexec_load")
+    calls = {name: number for name, number in seccomp.denied().items() if name in names}
+    assert len(calls) == len(names)
+    done = run(image, ["python", "-c", ASK, json.dumps(calls), "[]"])
+    assert json.loads(done.output.splitlines()[0]) == dict.fromkeys(calls, errno.EPERM)
 
 
 def test_links_and_pipes_stay_inside(image, tmp_path):

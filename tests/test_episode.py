@@ -387,6 +387,18 @@ def test_tool_output_cannot_speak_as_the_user(trained):
     assert "<|im_start|>assistant" in row.turns[0].observation
 
 
+def test_a_call_that_a_command_prints_ends_nothing():
+    """Threat 25: to finish is an action, not a word."""
+
+    class Sly(Fake):
+        async def exec(self, cmd, **_):
+            return ExecResult(0, FINISH.encode(), len(FINISH), False, False, False, False, 0.0)
+
+    row = play([LOOK, LOOK, FINISH], Sly())
+    assert (row.stop, row.num_turns) == (Stop.AGENT, 3)
+    assert "finish" in row.turns[0].observation
+
+
 @pytest.mark.parametrize("error_rate", [0.0, 1.0])
 def test_retelling_gives_what_the_loop_would_have_made_with_that_chat(trained, error_rate):
     for sample in range(8):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import shutil
 import subprocess
 
@@ -623,6 +624,25 @@ def test_validate_tells_chance_from_fault(task, gold, answer, patch_of):
     assert grade._gold_refusals([good, good]) == grade._empty_refusals([bad, bad]) == []
     assert grade._empty_refusals([good, bad])[0].startswith("empty_flaky")
     assert grade._empty_refusals([good, good])[0].startswith("empty_passes")
+
+
+def test_a_test_that_passes_by_chance_refuses_its_task(task, gold, answer, monkeypatch):
+    """Threat 30: chance is a number that every second run finds odd."""
+    lots, spec = itertools.count(), grade._spec
+
+    def numbered(*words):
+        found = spec(*words)
+        return dataclasses.replace(found, env={**found.env, "LOT": str(next(lots))})
+
+    monkeypatch.setattr(grade, "_spec", numbered)
+    dice = "import os\n\n\ndef test_lot():\n    assert int(os.environ['LOT']) % 2\n"
+    flaky = dataclasses.replace(
+        answer,
+        files=(*answer.files, File(path="tests/test_lot.py", text=dice)),
+        fail_to_pass=(*F2P, "tests/test_lot.py::test_lot"),
+    )
+    (refusal,) = asyncio.run(grade.validate(task, flaky, CFG, runs=2))
+    assert refusal.startswith("gold_flaky: 1 of 2 runs: unresolved, 1 of 5 tests, tests/test_lot.py::test_lot")
 
 
 @pytest.mark.parametrize("leak", ["history", "blob", "name", "residue"])
