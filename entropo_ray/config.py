@@ -89,6 +89,7 @@ class Sandbox:
     backend: Literal["bwrap", "docker"] = "bwrap"
     memory_mb: int = 4096
     pids: int = 256
+    cpu: float = 0.0  # processors that one sandbox may keep busy; 0: no limit
     disk_mb: int = 2048
     output_kb: int = 64
     grade_s: float = 300.0
@@ -437,6 +438,10 @@ def _check(cfg: Run) -> None:
             0 <= cfg.rollout.sandbox.ahead <= cfg.rollout.sandbox.per_node,
             f"rollout.sandbox.ahead={cfg.rollout.sandbox.ahead}: must lie between 0 and "
             f"rollout.sandbox.per_node={cfg.rollout.sandbox.per_node}",
+        ),
+        (
+            cfg.rollout.sandbox.cpu == 0 or cfg.rollout.sandbox.cpu >= 0.01,
+            f"rollout.sandbox.cpu={cfg.rollout.sandbox.cpu}: give processors, at least 0.01, or 0 for no limit",
         ),
         (0 <= cfg.sft.error_rate < 1, f"sft.error_rate={cfg.sft.error_rate}: must lie in [0, 1)"),
         (

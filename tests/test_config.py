@@ -84,6 +84,7 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_file(tmp_path):
         ("verifier.micro_batch=0", "verifier.batch=32"),
         ("train.beta=0 train.entropy=0", "one of them must be positive"),
         ("rollout.agent.tool_s=9999", "rollout.agent.tool_s=9999"),
+        ("rollout.sandbox.cpu=0.001", "rollout.sandbox.cpu=0.001: give processors, at least 0.01, or 0"),
         ("rollout.agent.max_steps=70", "rollout.agent.max_steps=70: must not exceed max_steps_hard=60"),
         ("rollout.agent.max_reply_tokens=70000", "rollout.agent.max_reply_tokens=70000"),
         ("sft.error_rate=1", "sft.error_rate=1"),

@@ -284,8 +284,8 @@ def test_no_configuration_names_the_backend_without_walls():
 
 
 def test_limits_come_from_the_configuration():
-    got = limits(config.Sandbox(memory_mb=5, pids=6, disk_mb=7, output_kb=8, life_s=9), exec_s=1.5)
-    assert got == Limits(memory_mb=5, pids=6, disk_mb=7, exec_s=1.5, life_s=9, output_bytes=8192)
+    got = limits(config.Sandbox(memory_mb=5, pids=6, cpu=0.5, disk_mb=7, output_kb=8, life_s=9), exec_s=1.5)
+    assert got == Limits(memory_mb=5, pids=6, cpu=0.5, disk_mb=7, exec_s=1.5, life_s=9, output_bytes=8192)
     assert limits(config.Sandbox(), exec_s=1, life_s=2).life_s == 2
 
 
@@ -486,6 +486,37 @@ def test_an_attack_is_contained_and_has_a_named_result(walled, image, attack):
     assert {name: getattr(done, name) for name in expected} == expected, done
     assert len(done.output) < SMALL.output_bytes + 100
     assert before == after
+
+
+BUSY = """
+import os, time
+end = time.monotonic() + 2
+children = [os.fork() for _ in range(2)]
+while time.monotonic() < end:
+    pass
+if all(children):
+    for child in children:
+        os.waitpid(child, 0)
+    print(sum(os.times()[:4]))
+"""
+
+
+def test_processors_are_limited(walled, image):
+    """Threat 12: four processes that do nothing but compute get the time that one fifth of a processor has."""
+    tight, free = (
+        inside(image, lambda sandbox: sandbox.exec(["python", "-c", BUSY]), backend=walled, limits=limits)
+        for limits in (dataclasses.replace(SMALL, cpu=0.2), SMALL)
+    )
+    assert float(tight.output) < 0.2 * tight.seconds + 0.1
+    assert float(free.output) > 0.3 * free.seconds
+
+
+def test_a_limit_that_cannot_be_had_is_an_error():
+    """Where no controller can be written."""
+    groups = cgroup.Groups("", "", unified=False)
+    cgroup.Group(groups, "box", memory_mb=10, pids=10)
+    with pytest.raises(OSError, match=r"set rollout\.sandbox\.cpu=0"):
+        cgroup.Group(groups, "box", memory_mb=10, pids=10, cpu=1.0)
 
 
 def test_files_without_end_are_a_full_disk(walled, image):

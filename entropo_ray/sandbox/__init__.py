@@ -44,6 +44,7 @@ class Limits:
 
     memory_mb: int = 4096
     pids: int = 256  # processes and threads at once
+    cpu: float = 0.0  # processors kept busy; 0: no limit
     disk_mb: int = 2048  # repository changes, /tmp, home
     exec_s: float = 90.0  # one command, unless it says otherwise
     life_s: float = 3600.0  # the sandbox ends itself then
@@ -177,6 +178,7 @@ def limits(cfg: config.Sandbox, *, exec_s: float, life_s: float | None = None) -
     return Limits(
         memory_mb=cfg.memory_mb,
         pids=cfg.pids,
+        cpu=cfg.cpu,
         disk_mb=cfg.disk_mb,
         exec_s=exec_s,
         life_s=cfg.life_s if life_s is None else life_s,

@@ -180,7 +180,7 @@ class Bwrap:
         bounds = self._spec.limits
         request = {"image": str(Path.cwd() / self._spec.image), "workdir": self._spec.workdir, "life_s": bounds.life_s}
         request["site"] = str(Path.cwd() / self._spec.site) if self._spec.site else ""
-        request |= {"memory_mb": bounds.memory_mb, "pids": bounds.pids, "disk_mb": bounds.disk_mb}
+        request |= {name: getattr(bounds, name) for name in ("memory_mb", "pids", "cpu", "disk_mb")}
         await self._ask({"do": "open", **request})
 
     async def _ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:

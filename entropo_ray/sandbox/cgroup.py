@@ -1,4 +1,4 @@
-"""Memory and process limits by control groups, version 1 or 2, written directly.
+"""Limits of memory, processes and processors by control groups, version 1 or 2, written directly.
 
 One parent `entropo` below our own group, one directory per launcher (its label), one per sandbox. Where they may not be
 written, the launcher falls back to resource limits of single processes. Standard library only.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PARENT = "entropo"
+_PERIOD_US = 100_000  # in which a sandbox may use its processors' time
 
 
 def label(pid: int) -> str:
@@ -40,15 +41,16 @@ def alive(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Groups:
-    """Where our groups live: directory of the memory and of the process controller ("" where not writable)."""
+    """Where our groups live: directory of each controller ("" where not writable)."""
 
     memory: str
     pids: str
-    unified: bool  # version 2: both are one directory
+    unified: bool  # version 2: all are one directory
+    cpu: str = ""
 
     @property
     def roots(self) -> list[str]:
-        return list(dict.fromkeys(root for root in (self.memory, self.pids) if root))
+        return list(dict.fromkeys(root for root in (self.memory, self.pids, self.cpu) if root))
 
 
 def find() -> Groups:
@@ -59,16 +61,17 @@ def find() -> Groups:
         for controller in controllers.split(","):
             own[controller] = path
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    first = {c: m[1] for m in reversed(mounts) if m[2] == "cgroup" for c in m[3].split(",") if c in ("memory", "pids")}
-    if first:
+    first = {c: m[1] for m in reversed(mounts) if m[2] == "cgroup" for c in m[3].split(",") if c in _V1}
+    if first.keys() & {"memory", "pids"}:
         found = {c: _usable(first[c], own.get(c, "/"), probe) for c, probe in _V1.items() if c in first}
-        return Groups(found.get("memory", ""), found.get("pids", ""), unified=False)
+        return Groups(**{c: found.get(c, "") for c in _V1}, unified=False)
     second = next((m[1] for m in mounts if m[2] == "cgroup2"), "")
     both = _usable(second, own.get("", "/"), "memory.max", enable=True) if second else ""
-    return Groups(both, both if both and Path(both, "pids.max").exists() else "", unified=True)
+    there = {c: both if both and Path(both, f"{c}.max").exists() else "" for c in ("pids", "cpu")}
+    return Groups(both, **there, unified=True)
 
 
-_V1 = {"memory": "memory.limit_in_bytes", "pids": "pids.max"}
+_V1 = {"memory": "memory.limit_in_bytes", "pids": "pids.max", "cpu": "cpu.cfs_quota_us"}
 
 
 def _usable(mount: str, own: str, probe: str, *, enable: bool = False) -> str:
@@ -82,7 +85,7 @@ def _usable(mount: str, own: str, probe: str, *, enable: bool = False) -> str:
         _make(trial)
         if enable:
             for group in (base, parent):  # refused where processes live in the group itself
-                (group / "cgroup.subtree_control").write_text("+memory +pids")
+                _enable(group)
         usable = os.access(trial / probe, os.W_OK)
         trial.rmdir()
     except OSError:
@@ -93,9 +96,12 @@ def _usable(mount: str, own: str, probe: str, *, enable: bool = False) -> str:
 class Group:
     """The limits of one sandbox over all its commands."""
 
-    def __init__(self, groups: Groups, name: str, *, memory_mb: int, pids: int) -> None:
+    def __init__(self, groups: Groups, name: str, *, memory_mb: int, pids: int, cpu: float = 0.0) -> None:
+        if cpu and not groups.cpu:
+            raise OSError("no cpu control group can be written here; set rollout.sandbox.cpu=0")
         self._groups = groups
-        self._paths = [Path(root, name) for root in groups.roots]
+        roots = [root for root in groups.roots if root != groups.cpu or cpu or groups.unified]
+        self._paths = [Path(root, name) for root in roots]
         for path in self._paths:
             path.mkdir()
         if groups.memory:
@@ -105,6 +111,8 @@ class Group:
             _no_swap(memory, groups.unified, size)
         if groups.pids:
             Path(groups.pids, name, "pids.max").write_text(str(pids))
+        if cpu:
+            _share(Path(groups.cpu, name), groups.unified, round(cpu * _PERIOD_US))
 
     def join(self) -> None:
         """The calling process and all it will start."""
@@ -131,7 +139,15 @@ def claim(groups: Groups, owner: str) -> None:
         _make(path)
         if groups.unified:
             for group in (path.parent, path):
-                (group / "cgroup.subtree_control").write_text("+memory +pids")
+                _enable(group)
+
+
+def _enable(group: Path) -> None:
+    """The controllers of version 2 for the groups below; the one for processors may not be ours to give on."""
+    control = group / "cgroup.subtree_control"
+    control.write_text("+memory +pids")
+    with contextlib.suppress(OSError):
+        control.write_text("+cpu")
 
 
 def _make(path: Path, tries: int = 1000) -> None:
@@ -152,6 +168,14 @@ def _no_swap(memory: Path, unified: bool, size: str) -> None:
     name, value = ("memory.swap.max", "0") if unified else ("memory.memsw.limit_in_bytes", size)
     with contextlib.suppress(FileNotFoundError):  # kernels without swap accounting have no such file
         (memory / name).write_text(value)
+
+
+def _share(group: Path, unified: bool, quota_us: int) -> None:
+    if unified:
+        (group / "cpu.max").write_text(f"{quota_us} {_PERIOD_US}")
+    else:
+        (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+        (group / "cpu.cfs_quota_us").write_text(str(quota_us))
 
 
 def _remove(path: Path, patience_s: float = 2.0) -> None:

@@ -372,6 +372,7 @@ def _walls(bounds: Limits, more: Seed) -> dict[str, Any]:
         "mem_limit": f"{memory_mb}m",
         "memswap_limit": f"{memory_mb}m",
         "pids_limit": bounds.pids,
+        "nano_cpus": int(bounds.cpu * 1e9),  # 0: no limit
         "ulimits": [
             Ulimit(name="core", soft=0, hard=0),
             Ulimit(name="fsize", soft=file_bytes, hard=file_bytes),

@@ -38,7 +38,7 @@ class Cell:
 
     def __init__(self, launcher: Launcher, name: str, spec: Request) -> None:
         self._launcher, self.name, self.spec = launcher, name, spec
-        bounds = {"memory_mb": spec["memory_mb"], "pids": spec["pids"]}
+        bounds = {name: spec[name] for name in ("memory_mb", "pids", "cpu")}
         self.group = cgroup.Group(launcher.groups, f"{launcher.label}/{name}", **bounds)
         try:
             self.box = self._box()
