@@ -1,6 +1,6 @@
 """Sandboxes under fire: owners, borrowers and drivers are killed at random while a stage runs, and nothing is left.
 
-python tests/test_chaos.py SECONDS [SEED]     # the same, for as long as you like
+python tests/test_chaos.py SECONDS [SEED] [docker]     # the same, for as long as you like; stages in Docker by turns
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import dataclasses
+import itertools
 import json
 import os
 import random
@@ -19,11 +21,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import engine
 import pytest
 
 from entropo_ray import config, sandbox, store, tasks
 from entropo_ray.records import Outcome
-from entropo_ray.sandbox import cgroup
+from entropo_ray.sandbox import cgroup, docker
 from entropo_ray.sandbox.stage import STAGE
 from entropo_ray.tasks import local
 
@@ -35,9 +38,11 @@ VICTIMS = {  # what a command line holds -> how often it is drawn
     "entropo_ray.sandbox watch": 1,
     "test_chaos.py drive": 1,
 }
+ENGINES = ("dockerd", "containerd")  # what runs or is run by an engine, but for what is inside
 RAYS = ("ray::", "/raylet", "/gcs_server", "/ray/_private/", "/ray/dashboard/")  # its own processes, and idle workers
 SAMPLES = 8
 PR_SET_CHILD_SUBREAPER = 36
+SPARED: set[int] = set()  # processes of the test itself
 
 
 def drive(home: Path) -> None:
@@ -48,17 +53,16 @@ def drive(home: Path) -> None:
 
     ray.init(num_cpus=8, resources={"sandbox": 64}, include_dashboard=False, log_to_driver=False)
     agent = config.Agent(tools="r2egym", max_steps=8, max_steps_hard=10, tool_s=20, wall_s=120)
-    box = config.Sandbox(memory_mb=512, disk_mb=64, per_node=8, ahead=2, grade_s=60)
-    rollout = config.Rollout(
-        agent=agent, sandbox=box, episodes=12, graders=6, tries=20, engines=0, samples=SAMPLES, episode_actors=1
-    )
-    suite = tasks.load(config.Tasks(path=str(home / "pack")))
-    number = 0
-    while True:
-        to = home / f"stage-{number}"
+    packs = [home / name for name in ("bwrap", "docker") if (home / name).is_dir()]
+    for number in itertools.count():
+        pack, to = packs[-1 - number % len(packs)], home / f"stage-{number}"
+        box = config.Sandbox(backend=pack.name, memory_mb=512, disk_mb=64, per_node=8, ahead=2, grade_s=60)
+        rollout = config.Rollout(
+            agent=agent, sandbox=box, episodes=12, graders=6, tries=20, engines=0, samples=SAMPLES, episode_actors=1
+        )
         if not store.done(to):
+            suite = tasks.load(config.Tasks(path=str(pack)))
             teach(suite, rollout, config.Sft(samples=SAMPLES, error_rate=0.3), seed=number, to=to)
-        number += 1
 
 
 def ours() -> dict[int, str]:
@@ -74,7 +78,8 @@ def ours() -> dict[int, str]:
     found = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
-    return {pid: lines.get(pid, "") for pid in found - {os.getpid()}}
+    found = {pid: lines.get(pid, "") for pid in found - {os.getpid()}}
+    return {p: line for p, line in found.items() if p not in SPARED and not any(word in line for word in ENGINES)}
 
 
 @contextlib.contextmanager
@@ -115,7 +120,7 @@ def storm(home: Path, seconds: float, seed: int) -> collections.Counter[str]:
                     killed[kind] += 1
     until(
         lambda: not _of_ours(ours()),
-        60,
+        90,  # a minute until the patrol comes, and its time
         lambda: f"processes are left: {[line[:200] for line in _of_ours(ours()).values()]}",
     )
     for pid in ours():  # agents of a killed Ray wait for a minute and more
@@ -136,6 +141,28 @@ def until(holds, seconds: float, what) -> None:
         time.sleep(0.2)
 
 
+def containers() -> list[str]:
+    """Containers of owners that are no more, where an engine is known."""
+    if not docker._engines:
+        return []
+    found = docker.engine().client.api.containers(all=True, filters={"label": "entropo.owner"})
+    return [container["Id"] for container in found if not docker._in_use(container["Labels"])]
+
+
+@contextlib.contextmanager
+def patrolled(backends: list[str]) -> Iterator[None]:
+    """What reaps once a minute on a node, whoever is killed there."""
+    words = [sys.executable, "-m", "entropo_ray.sandbox", "watch", *backends]
+    process = subprocess.Popen(words, cwd=Path(__file__).parents[1])
+    SPARED.add(process.pid)
+    try:
+        yield
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait(10)
+
+
 def groups() -> list[str]:
     """Control groups of owners that are no more."""
     found = [path for root in cgroup.find().roots for path in Path(root).iterdir() if "-" in path.name]
@@ -148,14 +175,19 @@ def mounts(home: Path) -> set[str]:
     return {point for point in points if point.startswith((f"{STAGE}/", str(home), "/tmp/newroot", "/newroot"))}
 
 
-def trial(home: Path, seconds: float, seed: int) -> dict[str, object]:
+def trial(home: Path, seconds: float, seed: int, *, boxed: bool) -> dict[str, object]:
     """A storm, and what is left after it: AssertionError if anything is."""
-    tasks.write(home / "pack", local.generate(count=4, held_out=0, ambiguous=0, hidden=0, seed=0, to=home / "pack"))
+    mined = local.generate(count=4, held_out=0, ambiguous=0, hidden=0, seed=0, to=home / "bwrap")
+    tasks.write(home / "bwrap", mined)
+    if boxed:
+        docker.engine()
+        images = [dataclasses.replace(m.task, image=engine.image_of(m.task.image)) for m in mined]
+        tasks.write(home / "docker", [dataclasses.replace(m, task=task) for m, task in zip(mined, images, strict=True)])
     before = mounts(home)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    killed = storm(home, seconds, seed)
-    sandbox.reap()
-    assert groups() == []
+    with patrolled(["bwrap", "docker"] if boxed else ["bwrap"]):
+        killed = storm(home, seconds, seed)
+        until(lambda: not (groups() or containers()), 75, lambda: f"after a minute: {groups()}, {containers()}")
     assert mounts(home) == before
     assert list((home / "tmp").iterdir()) == []
     return {"killed": dict(killed), **_accounted(home)}
@@ -163,7 +195,7 @@ def trial(home: Path, seconds: float, seed: int) -> dict[str, object]:
 
 def _accounted(home: Path) -> dict[str, int]:
     """Rows of whole stages: each attempt once; of the last one: no attempt twice."""
-    suite = tasks.load(config.Tasks(path=str(home / "pack")))
+    suite = tasks.load(config.Tasks(path=str(home / "bwrap")))
     expected = sorted((task.id, sample) for task in suite for sample in range(SAMPLES))
     stages = sorted(home.glob("stage-*"), key=lambda path: int(path.name.partition("-")[2]))
     whole = [path for path in stages if store.done(path)]
@@ -178,10 +210,15 @@ def _accounted(home: Path) -> dict[str, int]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ten_minutes_of_kills_leave_nothing(tmp_path):
+@pytest.mark.parametrize("backends", ["bwrap", pytest.param("bwrap and docker", marks=pytest.mark.docker)])
+def test_ten_minutes_of_kills_leave_nothing(tmp_path, request, backends):
+    """Threat 29."""
+    words = [sys.executable, __file__, "600"]
+    if "docker" in backends:
+        request.getfixturevalue("docker_host")
+        words += ["0", "docker"]
     if trouble := [line for line in sandbox.probe("bwrap") if "control group" not in line]:
         pytest.skip(trouble[0])
-    words = [sys.executable, __file__, "600"]
     env = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -194,5 +231,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "drive":
         drive(Path(sys.argv[2]))
     else:
-        with tempfile.TemporaryDirectory() as directory:
-            sys.stdout.write(json.dumps(trial(Path(directory), float(sys.argv[1]), int((*sys.argv, "0")[2]))) + "\n")
+        boxed = sys.argv[3:] == ["docker"]
+        with tempfile.TemporaryDirectory() as directory, engine.running() if boxed else contextlib.nullcontext():
+            found = trial(Path(directory), float(sys.argv[1]), int((*sys.argv, "0")[2]), boxed=boxed)
+        sys.stdout.write(json.dumps(found) + "\n")

@@ -2,6 +2,7 @@
 
 python -m entropo_ray.sandbox reap [BACKEND]         # bwrap or docker; both where none is named
 python -m entropo_ray.sandbox watch PID [BACKEND]    # wait for the end of a process that owns sandboxes, then reap
+python -m entropo_ray.sandbox watch [BACKEND]        # reap now and once a minute, until it is ended
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from entropo_ray.sandbox import SandboxError
 
 BACKENDS = ("bwrap", "docker")
 _PASSES, _PAUSE_S = 10, 0.5  # an owner's own helpers need a moment to follow it
+_MINUTE_S = 60.0
 
 
 def watch(pid: int, backends: Sequence[str] = BACKENDS) -> int:
@@ -38,6 +40,13 @@ def watch(pid: int, backends: Sequence[str] = BACKENDS) -> int:
     return found
 
 
+def patrol(backends: Sequence[str] = BACKENDS, every_s: float = _MINUTE_S) -> None:
+    """For nodes where an owner and its witness may be killed together. Never returns."""
+    while True:
+        reap(backends)
+        time.sleep(every_s)
+
+
 def reap(backends: Sequence[str] = BACKENDS) -> int:
     """The number of sandboxes concerned; a backend that is not here has none."""
     found = 0
@@ -53,6 +62,8 @@ def main(words: list[str]) -> int:
             print(f"reaped {reap(backends or BACKENDS)}")  # noqa: T201
         case ["watch", pid, *backends] if pid.isdigit() and set(backends) <= set(BACKENDS):
             watch(int(pid), backends or BACKENDS)
+        case ["watch", *backends] if set(backends) <= set(BACKENDS):
+            patrol(backends or BACKENDS)
         case _:
             print(__doc__, file=sys.stderr)  # noqa: T201
             return 2
