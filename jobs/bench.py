@@ -3,7 +3,8 @@
     python jobs/bench.py trainer [key=value ...]    a step of ours beside TRL's DPOTrainer and KTOTrainer
     python jobs/bench.py logprob [key=value ...]    the head alone, by length: tiles and full logits
     python jobs/bench.py ranks [key=value ...]      an update over ranks and ZeRO stages: time, memory, expected memory
-    python jobs/bench.py sandbox [key=value ...]    sandboxes: operations, throughput, a thousand at once
+    python jobs/bench.py sandbox [key=value ...]    sandboxes: operations, throughput, a thousand at once; with
+                                                    docker_image=REFERENCE Docker's too, by turns with `docker run`
 
 Keys: those of the classes Trainer, Logprob, Ranks and Boxes (trainer.py, head.py, ranks.py, boxes.py in
 entropo_ray/bench).

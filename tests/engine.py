@@ -1,6 +1,8 @@
 """A Docker engine for tests, one that answers already or a private one for the session, and images of directories.
 
 Nothing is pulled: the base image is a Debian made by debootstrap, kept as a tar in the user's cache directory.
+
+python tests/engine.py COMMAND [WORD ...]     # run it with DOCKER_HOST set; the word IMAGE becomes a small image's name
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -211,3 +214,21 @@ def _forget() -> None:
         with contextlib.suppress(docker.errors.DockerException):
             client.images.remove(tag, force=True)
     _tags.clear()
+
+
+def _small() -> str:
+    """An image of a repository with one file and one test."""
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}-") as directory:
+        Path(directory, "test_one.py").write_text("def test_one():\n    assert True\n")
+        identity = ("-c", "user.name=t", "-c", "user.email=t@localhost")
+        for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "base"]):
+            subprocess.run(["git", *words], cwd=directory, check=True)
+        return image_of(directory)
+
+
+if __name__ == "__main__":
+    try:
+        with running():
+            sys.exit(subprocess.run([_small() if word == "IMAGE" else word for word in sys.argv[1:]]).returncode)
+    except pytest.skip.Exception as skipped:
+        sys.exit(str(skipped))
