@@ -28,6 +28,7 @@ from entropo_ray.sandbox import bwrap, cgroup
 PREFIX = "entropo-test"
 _START_S, _STOP_S, _BUILD_S, _DEBIAN_S = 60, 20, 120, 400
 _RELEASE = "bookworm"
+_PACKAGES = ("python3", "git", "patch", "procps")  # the last two: for the official harness
 _UNNEEDED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale")
 _tags: dict[str, str] = {}  # digest of a build context -> image
 _no_base: list[str] = []  # why there can be no base image: looked for once
@@ -159,10 +160,11 @@ def _base() -> str:
     import docker
 
     client = docker.from_env(timeout=_BUILD_S)
-    reference = f"{PREFIX}-base:pytest-{pytest.__version__}"
+    name = "-".join((_RELEASE, *_PACKAGES))
+    reference = f"{PREFIX}-base:{name}-pytest-{pytest.__version__}"
     with contextlib.suppress(docker.errors.ImageNotFound):
         return client.images.get(reference).tags[0]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "entropo_ray", f"{_RELEASE}.tar")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "entropo_ray", f"{name}.tar")
     if not cache.is_file():
         try:
             if not _no_base:
@@ -191,7 +193,7 @@ def _make_base(cache: Path) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}-", dir=_place()) as directory:
         root = Path(directory, "root")
-        words = ["debootstrap", "--variant=minbase", "--include=python3,git", _RELEASE, str(root)]
+        words = ["debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", _RELEASE, str(root)]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=_DEBIAN_S)
         except subprocess.TimeoutExpired:

@@ -184,3 +184,43 @@ def test_expected_failures_have_to_fail(task, answer):
     half = changed(CODE.replace("a - b", "a + b"))
     assert verdict(task, wanted, half).grade is Grade.RESOLVED
     assert verdict(task, wanted, answer.patch).grade is Grade.UNRESOLVED
+
+
+# What a log says
+
+
+def log(text, code):
+    return scripted.Log(started=True, tests=text, code=code, marks=1)
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ({"t.py::test_p[a-1]": "PASSED", "t.py::test_p[a-2]": "PASSED"}, "PASSED"),
+        ({"t.py::test_p[a-1]": "PASSED", "t.py::test_p[a-2]": "XFAIL"}, "XFAIL"),
+        ({"t.py::test_p[a-1]": "PASSED", "t.py::test_p[a-2]": "FAILED"}, None),
+        ({"t.py::test_p[a-": "FAILED", "t.py::test_p[a-2]": "PASSED"}, "FAILED"),
+        ({"t.py::test_p[b-1]": "PASSED"}, None),
+    ],
+)
+def test_an_id_that_is_cut_off_means_all_that_begin_like_it_if_they_agree(found, status):
+    assert scripted._status("t.py::test_p[a-", found) == status
+    assert scripted._status("t.py::test_p", found) is None
+
+
+def test_a_log_that_names_failures_alone_has_to_say_that_tests_ran(answer):
+    lenient = dataclasses.replace(answer, eval_type="fail_only")
+    found = {text: scripted.judge(log(text, 0), {}, lenient, {}, limit="") for text in ("", "Executed 3 of 3 SUCCESS")}
+    assert found[""] == (Grade.UNRESOLVED, "nothing in the log says that a test ran", ())
+    assert found["Executed 3 of 3 SUCCESS"][0] is Grade.RESOLVED
+
+
+def test_an_exit_code_without_a_failure_resolves_nothing(answer):
+    found = dict.fromkeys(scripted.decisive(answer), "PASSED")
+    assert scripted.judge(log("", 0), found, answer, {}, limit="")[0] is Grade.RESOLVED
+    decision, reason, _ = scripted.judge(log("", 3), found, answer, {}, limit="")
+    assert (decision, reason) == (
+        Grade.TAMPERED,
+        "the test command ended with exit code 3 although no test failed",
+    )
+    assert scripted.judge(log("", 3), found | {"other": "FAILED"}, answer, {}, limit="")[0] is Grade.RESOLVED

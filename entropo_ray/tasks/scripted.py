@@ -155,25 +155,45 @@ def judge(
     """The grade, one line that says why, and the tests that are as they should be."""
     passed = tuple(test for test in answer.fail_to_pass if _passes(test, found, answer))
     passed += tuple(test for test in answer.pass_to_pass if _passes(test, found, answer, lenient=True))
-    passed += tuple(test for test in answer.expected_failures if found.get(test) in _BAD)
+    passed += tuple(test for test in answer.expected_failures if _status(test, found) in _BAD)
     if limit and log.code is None:
         return Grade.TIMEOUT, limit, passed
     if complaint := _contradiction(log, found, canaries):
         return Grade.TAMPERED, complaint, passed
     if log.code is None:
         return Grade.UNRESOLVED, "the test command did not come to its end", passed
+    if answer.eval_type == "fail_only" and not found and not _ran(log):
+        return Grade.UNRESOLVED, "nothing in the log says that a test ran", ()
     wrong = [test for test in decisive(answer) if test not in passed]
+    if not wrong and log.code and found and not any(status in _BAD for status in found.values()):
+        return Grade.TAMPERED, f"the test command ended with exit code {log.code} although no test failed", passed
     if not wrong:
         return Grade.RESOLVED, "", passed
     if limit:
         return Grade.TIMEOUT, limit, passed
-    said = f"{len(wrong)} of {len(passed) + len(wrong)} tests, {wrong[0]}: {found.get(wrong[0], 'did not run').lower()}"
-    return Grade.UNRESOLVED, said, passed
+    status = _status(wrong[0], found) or "did not run"
+    return Grade.UNRESOLVED, f"{len(wrong)} of {len(passed) + len(wrong)} tests, {wrong[0]}: {status.lower()}", passed
+
+
+def _ran(log: Log) -> bool:
+    """Whether a log that names failures alone, and none, is one of tests that ran."""
+    from swebench.harness.grading import SUITE_RAN
+
+    return SUITE_RAN.search(log.tests) is not None
+
+
+def _status(test: str, found: Mapping[str, str]) -> str | None:
+    """Of a test; hundreds of published ids are cut off within their parameters, and mean all that begin like them."""
+    if test in found or test.count("[") <= test.count("]"):
+        return found.get(test)
+    statuses = {status for name, status in found.items() if name.startswith(test)}
+    agreed = len({status in (*_GOOD, _EXPECTED_FAILURE) for status in statuses}) == 1
+    return max(statuses) if agreed else None  # the stricter of PASSED and XFAIL
 
 
 def _passes(test: str, found: Mapping[str, str], answer: Answer, *, lenient: bool = False) -> bool:
     """`lenient`: an expected failure counts, as in the official harness; one that the fix should mend does not."""
-    status = found.get(test)
+    status = _status(test, found)
     if answer.eval_type == "fail_only":  # the log names failures alone
         return status not in _BAD
     return status in _GOOD or (lenient and status == _EXPECTED_FAILURE)
