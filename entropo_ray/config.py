@@ -255,6 +255,9 @@ class Evaluate:
     samples: int = 16
     heat: float = 1.0  # sampling is at rollout.temperature times this
     measure: bool = True  # exact entropies, and the KL to the run's first policy, by a pass of train's workers
+    official: bool = False  # the choices through SWE-bench's own harness, too, by the Docker engine of this node
+    official_workers: int = 1  # containers of it at once
+    official_s: int = 1800  # one of its test runs
     select: Select = field(default_factory=Select)
 
 
@@ -419,6 +422,8 @@ def _check(cfg: Run) -> None:
         (cfg.rollout.temperature > 0, f"rollout.temperature={cfg.rollout.temperature}: must be above 0"),
         *_objective(train),
         (cfg.evaluate.heat > 0, f"evaluate.heat={cfg.evaluate.heat}: must be above 0"),
+        (cfg.evaluate.official_workers >= 1, f"evaluate.official_workers={cfg.evaluate.official_workers}: at least 1"),
+        (cfg.evaluate.official_s >= 1, f"evaluate.official_s={cfg.evaluate.official_s}: must be at least 1"),
         (cfg.preference.pairs_per_task >= 1, f"preference.pairs_per_task={cfg.preference.pairs_per_task}: at least 1"),
         (
             cfg.preference.weights == "none" or 1 <= cfg.preference.k <= cfg.rollout.samples,

@@ -2,8 +2,9 @@
 
     trajectories ─ execute ─> executions ┐
                  ─ verify ──> scores ────┴ candidates ─ choose ─> choice, predictions.jsonl ─ resolve ─> grades, numbers
+                                                                                            ─ officially ─> official
 
-Everything is joined by (task_id, sample). Hidden tests are opened by `resolve` alone, after the choice is on disk.
+Everything is joined by (task_id, sample). Hidden tests are opened by the last two alone, after the choice is on disk.
 pass@k after Chen et al. 2021 (arXiv 2107.03374); best@k is its exact counterpart for a choice, see `best_at_k`.
 """
 
@@ -13,9 +14,10 @@ import asyncio
 import functools
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import ray
 import ray.exceptions
 from numpy.typing import NDArray
 
-from entropo_ray import config, grade, observe, select, store
+from entropo_ray import config, grade, observe, official, select, store
 from entropo_ray.patches import normalised
 from entropo_ray.records import (
     Candidate,
@@ -375,6 +377,65 @@ def _result(reference: Any, unit: Unit, what: str) -> Verdict | None:
         return said
     observe.log.warning("%s: no verdict for %s/%s: %s", what, unit.task.id, unit.samples[0], said)
     return None
+
+
+# ------------------------------------------------------------------------------------------------ official numbers
+
+
+def check_official(suite: Sequence[Task]) -> None:
+    """ValueError, one line, where tasks run in directories; nothing is asked of an engine, and no answer is opened."""
+    for task in suite:
+        if Path(task.image).is_absolute():
+            raise ValueError(
+                f"evaluate.official=true: task {task.id} runs in a directory, {task.image}, and the official harness "
+                "in images of an engine; give evaluate.tasks.path of a pack of images, or evaluate.official=false"
+            )
+
+
+def officially(
+    out: store.Evaluation, suite: Sequence[Task], *, answers: str, workers: int, timeout_s: int
+) -> dict[str, float]:
+    """The choices through the official harness on this node (product Comparison, made once), and their numbers.
+
+    Beside the product: agreement.txt, and harness/ with all that the harness was given and left.
+    """
+    if not store.done(out.official):
+        check_official(suite)
+        lines = (out.choice / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        predictions = [_labelled(Prediction(**json.loads(line))) for line in lines]
+        chosen = {(c.task_id, c.sample) for c in store.read(out.choice, Choice)}
+        ours = [g for g in store.read(out.grades, Graded) if (g.task_id, g.sample) in chosen]
+        left = store.fresh(out.official.with_name("harness"))
+        rows = _answers(answers).official(suite)
+        report = official.run(rows, predictions, to=left, workers=workers, timeout_s=timeout_s)
+        compared = official.agreement(report, ours)
+        partial = store.fresh(out.official)
+        store.write(partial, official.Comparison, compared)
+        (partial / "agreement.txt").write_text(official.table(compared), encoding="utf-8")
+        left.replace(partial / "harness")
+        store.publish(partial, out.official, rows=len(compared), parts=1)
+    return official_numbers(list(store.read(out.official, official.Comparison)))
+
+
+def _labelled(prediction: Prediction) -> Prediction:
+    """With a name of its policy that the harness can make a directory of; only words of its path are left."""
+    words = re.findall(r"[A-Za-z0-9][\w.@+-]*", prediction.model_name_or_path)[-3:]
+    return replace(prediction, model_name_or_path="/".join(words) or "entropo_ray")
+
+
+def official_numbers(compared: Sequence[official.Comparison]) -> dict[str, float]:
+    """`official_agreement`: the share of the `official_compared`, which both graders have a verdict on."""
+    resolved = sum(c.official is Grade.RESOLVED for c in compared)
+    low, high = wilson(resolved, len(compared))
+    agreed = [c.agree for c in compared if c.agree is not None]
+    return {
+        "official_resolved": float(resolved),
+        "official_resolved_rate": resolved / len(compared),
+        "official_resolved_rate_low": low,
+        "official_resolved_rate_high": high,
+        "official_compared": float(len(agreed)),
+        **({"official_agreement": sum(agreed) / len(agreed)} if agreed else {}),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- numbers

@@ -19,12 +19,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from entropo_ray import config, sandbox
 from entropo_ray.records import Answer, Grade, Task, Verdict, to_row
 from entropo_ray.sandbox import ExecResult, Sandbox, SandboxError, SandboxSpec
 from entropo_ray.sandbox.patch import PATCH_MB
-from entropo_ray.tasks import pack, scripted
+from entropo_ray.tasks import pack, scripted, swebench
 
 GRADER_VERSION = "pytest-2"  # part of every cache key: raise it when a verdict could change
 
@@ -440,6 +441,10 @@ class Answers:
     async def validate(self, task: Task, cfg: config.Sandbox, *, runs: int) -> list[str]:
         """As the function of that name, with the answer of this pack."""
         return await validate(task, self._answer(task), cfg, runs=runs)
+
+    def official(self, suite: Iterable[Task]) -> list[dict[str, Any]]:
+        """The rows that the official harness grades these tasks by. ValueError where it cannot."""
+        return [swebench.official(task, self._answer(task)) for task in suite]
 
     def _answer(self, task: Task) -> Answer:
         if task.id not in self._answers:

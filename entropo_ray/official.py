@@ -76,6 +76,8 @@ class Comparison:
     official: Grade | None
     ours: Grade | None
     agree: bool | None  # None where one of them has no verdict
+    official_reason: str  # one line each, for people
+    our_reason: str
 
 
 # A run
@@ -319,16 +321,23 @@ def agreement(report: Report, ours: Sequence[Graded]) -> tuple[Comparison, ...]:
     """
     if repeated := [key for key, times in Counter(g.task_id for g in ours).items() if times > 1]:
         raise ValueError(f"official: two verdicts of ours on {repeated[0]}; the harness takes one prediction a task")
-    theirs = {result.task_id: result.grade for result in report.results}
-    mine = {graded.task_id: graded.grade for graded in ours}
+    theirs = {result.task_id: result for result in report.results}
+    mine = {graded.task_id: graded for graded in ours}
     return tuple(_compared(key, theirs.get(key), mine.get(key)) for key in dict.fromkeys((*theirs, *mine)))
 
 
-def _compared(key: str, official: Grade | None, ours: Grade | None) -> Comparison:
-    agree = None
+def _compared(key: str, theirs: Result | None, mine: Graded | None) -> Comparison:
+    official, ours, agree = theirs.grade if theirs else None, mine.grade if mine else None, None
     if official is not None and ours is not None:
         agree = (official is Grade.RESOLVED) == (ours is Grade.RESOLVED)
-    return Comparison(task_id=key, official=official, ours=ours, agree=agree)
+    return Comparison(
+        task_id=key,
+        official=official,
+        ours=ours,
+        agree=agree,
+        official_reason=theirs.reason if theirs else "no prediction",
+        our_reason=mine.verdict.reason if mine and mine.verdict else "",
+    )
 
 
 def table(compared: Sequence[Comparison]) -> str:
@@ -338,7 +347,10 @@ def table(compared: Sequence[Comparison]) -> str:
     for (official, ours, agree), number in sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0][:2])):
         lines.append(f"{official:<12} {ours:<12} {_AGREE[agree]:<6} {number}")
     rest = sorted((c for c in compared if not c.agree), key=lambda c: (c.agree is None, c.task_id))
-    lines += [f"{c.task_id}: official {_word(c.official)}, ours {_word(c.ours)}" for c in rest]
+    lines += [
+        f"{c.task_id}: official {_said(c.official, c.official_reason)}, ours {_said(c.ours, c.our_reason)}"
+        for c in rest
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -347,3 +359,7 @@ _AGREE = {True: "yes", False: "no", None: "-"}
 
 def _word(grade: Grade | None) -> str:
     return "none" if grade is None else grade.value
+
+
+def _said(grade: Grade | None, reason: str) -> str:
+    return f"{_word(grade)} ({reason})" if reason else _word(grade)

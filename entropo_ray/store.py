@@ -62,6 +62,7 @@ class Evaluation:
     scores: Path
     choice: Path
     grades: Path
+    official: Path  # Comparison rows, agreement.txt, and what the official harness left
     numbers: Path  # evaluation.json
 
 
@@ -88,6 +89,7 @@ def evaluation_of(run_dir: str | Path, name: str = "") -> Evaluation:
         home / "scores",
         home / "choice",
         home / "grades",
+        home / "official",
         home.with_name(home.name + ".json"),
     )
 

@@ -3,7 +3,8 @@
     python jobs/evaluate.py conf/local.yaml [evaluate.model=DIR evaluate.name=WORD] [key=value ...]
 
 Products lie in run_dir/evaluation[-name], the numbers beside it in evaluation[-name].json. Without a verifier
-(jobs/verifier.py) the choice rests on the visible tests alone.
+(jobs/verifier.py) the choice rests on the visible tests alone. With evaluate.official=true the choices are graded by
+SWE-bench's own harness, too, whose containers are root and have a network: start the job on a node that can spare it.
 """
 
 import dataclasses
@@ -42,10 +43,15 @@ def run(cfg: config.Run) -> dict[str, float]:
     if not store.done(out.choice):
         with stage("choose") as numbers:  # Choice records and predictions.jsonl
             numbers |= evaluate.choose(out, suite, ask.select, model=str(policy.path))
-    with stage("resolve") as numbers:  # the only stage that opens answers
+    with stage("resolve") as numbers:  # this stage opens answers, and the next; none before
         numbers |= evaluate.resolve(out, suite, rollout, answers=ask.tasks.path, chosen_by=ask.select)
         if store.done(out.measures):
             numbers |= diversity.entropies(out.trajectories, out.measures, chat.load(policy.path))
+    if ask.official or store.done(out.official):
+        with stage("official") as more:  # the choices, and their hidden tests by SWE-bench's own harness
+            workers, limit_s = ask.official_workers, ask.official_s
+            more |= evaluate.officially(out, suite, answers=ask.tasks.path, workers=workers, timeout_s=limit_s)
+        numbers |= more
     store.save(out.numbers, json.dumps(numbers, indent=2) + "\n")
     return numbers
 
@@ -76,12 +82,17 @@ def beside(cfg: config.Run) -> str:
 
 
 def main(cfg: config.Run) -> None:
-    tasks.load(cfg.evaluate.tasks)
+    suite = tasks.load(cfg.evaluate.tasks)
+    if cfg.evaluate.official:
+        evaluate.check_official(suite)
     config.pin(cfg)
     with observe.cluster(cfg):
         numbers = run(cfg)
     print(table(numbers) + beside(cfg))
-    print(f"numbers: {store.evaluation_of(cfg.run_dir, cfg.evaluate.name).numbers}")
+    out = store.evaluation_of(cfg.run_dir, cfg.evaluate.name)
+    if store.done(out.official):
+        print((out.official / "agreement.txt").read_text(), end="")
+    print(f"numbers: {out.numbers}")
 
 
 if __name__ == "__main__":

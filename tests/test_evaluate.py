@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entropo_ray import config, evaluate, select, store, tasks
+from entropo_ray import config, evaluate, official, select, store, tasks
 from entropo_ray.patches import normalised
-from entropo_ray.records import Choice, Execution, Grade, Graded, Measure, Score, Stop, Task, Trajectory
+from entropo_ray.records import Choice, Execution, Grade, Graded, Measure, Prediction, Score, Stop, Task, Trajectory
 from entropo_ray.tasks import local
 
 SCORES = (0.9, 0.8, 0.8, 0.5, 0.1, 0.1)
@@ -308,6 +308,7 @@ def job(tmp_path, monkeypatch):
         cfg = config.load(config.Run, [*words, *more])
         return module.run(cfg), list(calls), module.table, module.beside(cfg)
 
+    run.main = lambda *more: module.main(config.load(config.Run, [*words, *more]))
     return run
 
 
@@ -356,6 +357,57 @@ def test_another_evaluation_is_not_taken_for_this_one(job):
     *_, beside = job("evaluate.name=second", "evaluate.select.tie=first")
     assert "minus evaluation:" in beside
     assert "pass_at_1_difference" in beside
+
+
+def test_the_official_harness_is_not_asked_about_directories(tmp_path, job):
+    """The job says so before it asks for a machine; SUITE has an absolute path as its image."""
+    with pytest.raises(ValueError, match=r"evaluate\.official=true: task t runs in a directory, /x, .*=false"):
+        job.main("evaluate.official=true")
+    assert not (tmp_path / "run").exists()
+
+
+def test_official_numbers_stand_beside_ours_and_stay_there(job, tmp_path, monkeypatch):
+    asked = []
+
+    def officially(out, suite, *, answers, workers, timeout_s):
+        assert store.done(out.grades)
+        if not store.done(out.official):
+            asked.append((answers, workers, timeout_s))
+            one = official.Comparison(
+                task_id="t", official=Grade.RESOLVED, ours=Grade.RESOLVED, agree=True, official_reason="", our_reason=""
+            )
+            store.write(out.official, official.Comparison, [one])
+        return evaluate.official_numbers(list(store.read(out.official, official.Comparison)))
+
+    monkeypatch.setattr(evaluate, "officially", officially)
+    assert "official_agreement" not in job()[0]
+    numbers, calls, table, _ = job("evaluate.official=true", "evaluate.official_workers=3", "evaluate.official_s=60")
+    assert (numbers["official_agreement"], calls) == (1, [])
+    assert f"[{numbers['official_resolved_rate_low']:.3f}, " in table(numbers)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == job()[0] == numbers
+    assert asked == [("runs/packs/local", 3, 60)]
+
+
+def test_official_numbers_count_only_what_both_graders_judged():
+    grades = [(Grade.RESOLVED, Grade.RESOLVED, True), (Grade.RESOLVED, Grade.TAMPERED, False), (None, None, None)]
+    grades += [(Grade.EMPTY, Grade.EMPTY, True)]
+    compared = [
+        official.Comparison(task_id=f"t{i}", official=a, ours=b, agree=c, official_reason="", our_reason="")
+        for i, (a, b, c) in enumerate(grades)
+    ]
+    numbers = evaluate.official_numbers(compared)
+    assert (numbers["official_resolved"], numbers["official_resolved_rate"]) == (2, 0.5)
+    assert (numbers["official_compared"], numbers["official_agreement"]) == (3, pytest.approx(2 / 3))
+    assert "official_agreement" not in evaluate.official_numbers(compared[2:3])
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("/a/b/c/d e", "c/d/e"), ("owner/name", "owner/name"), ("//", "entropo_ray")]
+)
+def test_a_policy_gets_a_name_that_the_harness_takes(path, name):
+    labelled = evaluate._labelled(Prediction(instance_id="t", model_name_or_path=path, model_patch=""))
+    assert labelled.model_name_or_path == name
+    assert official._MODEL.fullmatch(name)
 
 
 # ------------------------------------------------------------------------------------------------ in real sandboxes

@@ -184,15 +184,14 @@ def test_graders_agree_where_both_say_resolved_or_both_do_not(ended):
         "more": None,
     }
     lines = official.table(compared).splitlines()
-    assert (
-        sum(int(line.split()[-1]) for line in lines[1 : lines.index("wrong: official unresolved, ours resolved")]) == 9
-    )
-    assert lines[lines.index("wrong: official unresolved, ours resolved") + 1 :] == [
-        "empty: official empty, ours none",
-        "junk: official patch_failed, ours none",
-        "lost: official none, ours none",
-        "memory: official none, ours resolved",
-        "more: official none, ours empty",
+    parted = "wrong: official unresolved (2 tests, t.py::test_b), ours resolved"
+    assert sum(int(line.split()[-1]) for line in lines[1 : lines.index(parted)]) == 9
+    assert lines[lines.index(parted) + 1 :] == [
+        "empty: official empty (the patch is empty), ours none",
+        "junk: official patch_failed (error: x: patch does not apply), ours none",
+        "lost: official none (Image local/x:1 not found for lost), ours none",
+        "memory: official none (out_of_memory: no test log), ours resolved",
+        "more: official none (no prediction), ours empty",
     ]
 
 

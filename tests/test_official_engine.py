@@ -6,6 +6,7 @@ Nothing stands in for the harness, its containers or our grader. The rows are ou
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import subprocess
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,8 @@ from pathlib import Path
 import engine
 import pytest
 
-from entropo_ray import config, grade, official
-from entropo_ray.records import Grade, Graded, Prediction
+from entropo_ray import config, evaluate, grade, official, store, tasks
+from entropo_ray.records import Grade, Graded, Prediction, Stop, Trajectory
 from entropo_ray.tasks import rows, scripts, swebench
 from entropo_ray.tasks.pack import Mined
 
@@ -322,3 +323,69 @@ def test_both_graders_give_up_on_a_patch_that_does_not_end(suite, tmp_path):
     )
     (graded,) = ours([(mined, slow)], replace(BOX, grade_s=5))
     assert (graded.grade, graded.verdict.reason) == (Grade.TIMEOUT, "time-out")
+
+
+# An evaluation
+
+SKIPS = RIGHT_DAYS.replace(
+    b"    return year", b"    if year == 2001:\n        raise __import__('unittest').SkipTest\n    return year"
+)
+
+
+def trajectory(task_id, patch):
+    return Trajectory(
+        task_id=task_id, sample=0, round=0, seed=0, kind="model", scaffold="", prompt="", temperature=0.7,
+        turns=(), token_ids=(1,), action_mask=(True,), behaviour_logp=(-1.0,), num_turns=1, num_actions=1,
+        num_tokens=1, patch=patch, patch_class="", files=(), stop=Stop.AGENT, reason="", wall_s=1.0, grade=None,
+        verdict=None,
+    )  # fmt: skip
+
+
+def graded(unit, path):
+    """As `resolve` has it done in a Ray task."""
+    verdict = evaluate._attempt(functools.partial(evaluate._grade, answers=path, cfg=BOX), unit, 1)
+    return Graded(task_id=unit.task.id, sample=0, grade=verdict.grade, verdict=verdict)
+
+
+def test_an_evaluation_gets_official_numbers_and_lists_what_the_graders_do_not_agree_on(
+    suite, tmp_path, tmp_path_factory, monkeypatch
+):
+    """A patch that has a test skipped that passed is resolved for the harness, and not for us."""
+    (functions, good), (unittest, other) = suite["t__functions-1"], suite["t__unittest-3"]
+    home = tmp_path_factory.mktemp("again")
+    lay(home, UNITTEST.base)
+    git(home, "init", "-q")
+    git(home, "add", "-A")
+    git(home, "commit", "-qm", "base")
+    patches = {"right": (functions, good["gold"]), "skips": (unittest, diff(home, {"days.py": SKIPS}))}
+    patches |= {"half": (unittest, other["half"]), "none": (unittest, "")}
+    mined = [named(m, kind) for kind, (m, _) in patches.items()]
+    tasks.write(tmp_path / "pack", mined)
+    path = str(tmp_path / "pack")
+    loaded = tasks.load(config.Tasks(path=path, split="all"))
+    out = store.evaluation_of(tmp_path / "run")
+    units = [evaluate.Unit(task, patches[task.id.rpartition("-")[2]][1], (0,)) for task in loaded]
+    store.write(out.trajectories, Trajectory, [trajectory(unit.task.id, unit.patch) for unit in units])
+    evaluate.choose(out, loaded, config.Select(), model="/policies/round-01/policy of mine")
+    store.write(out.grades, Graded, [graded(unit, path) for unit in units])
+    ask = functools.partial(evaluate.officially, out, loaded, answers=path, workers=2, timeout_s=120)
+    numbers = ask()
+    assert {key: numbers[key] for key in ("official_resolved", "official_compared", "official_agreement")} == {
+        "official_resolved": 2.0,
+        "official_compared": 4.0,
+        "official_agreement": 0.75,
+    }
+    text = (out.official / "agreement.txt").read_text()
+    test = UNITTEST.pass_to_pass[0]
+    assert text.splitlines()[-1] == (
+        f"t__unittest-3-skips: official resolved, ours unresolved (1 of 3 tests, {test}: skipped)"
+    )
+    assert [line.split() for line in text.splitlines()[1:-1]] == [
+        ["empty", "empty", "yes", "1"],
+        ["resolved", "resolved", "yes", "1"],
+        ["resolved", "unresolved", "no", "1"],
+        ["unresolved", "unresolved", "yes", "1"],
+    ]
+    assert (out.official / "harness/report").is_dir()
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    assert ask() == numbers  # made once: no engine is asked

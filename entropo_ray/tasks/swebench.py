@@ -101,9 +101,15 @@ def official(task: Task, answer: Answer) -> dict[str, Any]:
     """The row that the harness of swebench 5 grades a patch of this task by. ValueError where it cannot grade it."""
     if answer.expected_failures:
         raise ValueError(f"{task.id}: the official harness cannot ask for tests that must fail")
-    parser = "parse_log_pytest" if answer.parser == "pytest" else answer.parser
     if scripts.START not in answer.script or scripts.END not in answer.script:
         raise ValueError(f"{task.id}: its script has no markers, so that the official harness cannot read its log")
+    if any(f"b/{file.path}" not in answer.script for file in answer.files):
+        raise ValueError(f"{task.id}: its script does not lay out its tests, and the official harness does not either")
+    return plain_row(task, answer)
+
+
+def plain_row(task: Task, answer: Answer) -> dict[str, Any]:
+    """The columns of swebench 5, whether its harness can grade by them or not."""
     return {
         "instance_id": task.id,
         "image": task.image,
@@ -111,7 +117,7 @@ def official(task: Task, answer: Answer) -> dict[str, Any]:
         "version": answer.version,
         "FAIL_TO_PASS": list(answer.fail_to_pass),
         "PASS_TO_PASS": list(answer.pass_to_pass),
-        "log_parser": parser,
+        "log_parser": "parse_log_pytest" if answer.parser == "pytest" else answer.parser,
         "eval_type": answer.eval_type,
         "eval_script": answer.script,
         "patch": answer.patch,
