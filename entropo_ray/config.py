@@ -33,6 +33,7 @@ class Pack:
     hidden: float = 0.08  # share of tasks that hide the type of the answer (same issue, different hidden tests)
     runs: int = 1  # times that the reference patch must pass and the empty patch must fail
     check: bool = False  # prove the pack that lies at tasks.path again, instead of making one
+    quarantine: bool = False  # with check: those that no longer hold are left out from now on, and no error
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Tasks:
     path: str = "runs/packs/local"
     split: Literal["train", "test", "practice", "all"] = "train"  # all: train and test
     limit: int | None = None  # the first so many
+    quarantined: bool = False  # those in the pack's quarantine.jsonl, too
+    quarantine: list[str] = field(default_factory=list)  # more files of that form: a run's flaky.jsonl, for one
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Sandbox:
     disk_mb: int = 2048
     output_kb: int = 64
     grade_s: float = 300.0
+    confirm: int = 0  # more runs where all that failed before passes, and what passed before does not: flaky?
     life_s: float = 3600.0
     per_node: int = 0  # at once on one node, lent by one actor there; 0: episode and grader actors make their own
     ahead: int = 0  # of per_node, made before they are asked for: where making one takes seconds
@@ -312,6 +316,8 @@ MAY_CHANGE = (
     "compare.against",
     "pack.",
     "source.",
+    "tasks.quarantined",
+    "tasks.quarantine",
     "rollout.engines",
     "rollout.engine_kv_mb",
     "rollout.episodes",
@@ -421,6 +427,8 @@ def _check(cfg: Run) -> None:
         (cfg.rollout.samples >= 1, f"rollout.samples={cfg.rollout.samples}: must be at least 1"),
         (cfg.rollout.temperature > 0, f"rollout.temperature={cfg.rollout.temperature}: must be above 0"),
         *_objective(train),
+        (cfg.rollout.sandbox.confirm >= 0, f"rollout.sandbox.confirm={cfg.rollout.sandbox.confirm}: not negative"),
+        (not cfg.pack.quarantine or cfg.pack.check, "pack.quarantine=true: belongs to pack.check=true"),
         (cfg.evaluate.heat > 0, f"evaluate.heat={cfg.evaluate.heat}: must be above 0"),
         (cfg.evaluate.official_workers >= 1, f"evaluate.official_workers={cfg.evaluate.official_workers}: at least 1"),
         (cfg.evaluate.official_s >= 1, f"evaluate.official_s={cfg.evaluate.official_s}: must be at least 1"),

@@ -41,7 +41,9 @@ from entropo_ray.records import (
     Task,
     Verdict,
 )
+from entropo_ray.rollout.lending import setup_s
 from entropo_ray.sandbox import SandboxError
+from entropo_ray.tasks import pack
 
 Floats = NDArray[np.float64]
 Key = tuple[str, int]
@@ -287,6 +289,7 @@ def _grade_all(out: store.Evaluation, suite: Sequence[Task], cfg: config.Rollout
     for task_id, sample in sorted({(a.task_id, a.sample) for a in attempts} - store.keys(out.grades)):
         _append_grades(out.grades, task_id, (sample,), None)
     store.seal(out.grades, Graded)
+    pack.list_flaky(out.grades.with_name("flaky.jsonl"), store.read(out.grades, Graded))
 
 
 def _append_grades(to: Path, task_id: str, samples: Sequence[int], verdict: Verdict | None) -> None:
@@ -337,7 +340,7 @@ def _run(
     attempt = ray.remote(_attempt).options(
         num_cpus=1, resources=box, max_retries=cfg.tries, scheduling_strategy="SPREAD"
     )
-    deadline_s = cfg.tries * cfg.sandbox.life_s
+    deadline_s = cfg.tries * max(cfg.sandbox.life_s, grade.patience_s(cfg.sandbox, setup_s=setup_s(cfg.sandbox)))
     waiting = list(reversed(units))
     running: dict[Any, Unit] = {}
     with observe.progress(what, len(units)) as done:
@@ -482,6 +485,7 @@ def numbers(out: store.Evaluation, chosen_by: config.Select) -> dict[str, float]
         "resolved_rate_high": high,
         "tampered": float(grades[Grade.TAMPERED]),
         "timeouts": float(grades[Grade.TIMEOUT]),
+        "flaky": float(grades[Grade.FLAKY]),
         "empty": float(grades[Grade.EMPTY]),
         "ungraded": float(grades[None]),
         "entropy": _entropy(out.trajectories),

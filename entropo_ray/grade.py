@@ -423,20 +423,46 @@ class Answers:
     """The answers of one pack, opaque to who holds them; equal patches of a task cost one run.
 
     Verdicts are kept in memory by (task and answer, patch, grader version). Time-outs and lost sandboxes are not kept.
+    A time-out is asked again once, when less runs beside it, and what may be a flaky test `confirm` times.
     """
 
     def __init__(self, answers: Mapping[str, Answer]) -> None:
         self._answers = answers
         self._runs: dict[str, asyncio.Task[Verdict]] = {}
+        self._going = 0
 
     async def grade(self, task: Task, patch: str, cfg: config.Sandbox) -> Verdict:
         answer = self._answer(task)
         key = _digest(json.dumps(to_row(task)), json.dumps(to_row(answer)), patch, GRADER_VERSION)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = asyncio.create_task(grade(task, patch, answer, cfg))
+            run = self._runs[key] = asyncio.create_task(self._settled(task, patch, answer, cfg))
             run.add_done_callback(lambda ended: self._forget(key, ended))
         return await asyncio.shield(run)  # who gives up waiting must not take the run from the others
+
+    async def _settled(self, task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
+        verdict = await self._once(task, patch, answer, cfg)
+        if verdict.grade is Grade.TIMEOUT:
+            await self._calm(cfg.grade_s)
+            verdict = _after(verdict, await self._once(task, patch, answer, cfg))
+        for _ in range(cfg.confirm):
+            if not _regressed(verdict, answer):
+                break
+            verdict = _confirmed(verdict, await self._once(task, patch, answer, cfg))
+        return verdict
+
+    async def _once(self, task: Task, patch: str, answer: Answer, cfg: config.Sandbox) -> Verdict:
+        self._going += 1
+        try:
+            return await grade(task, patch, answer, cfg)
+        finally:
+            self._going -= 1
+
+    async def _calm(self, wait_s: float) -> None:
+        """Wait until half as much runs here as now, but not for long: other grades may keep coming."""
+        most, deadline = self._going // 2, time.monotonic() + wait_s
+        while self._going > most and time.monotonic() < deadline:  # noqa: ASYNC110 - an event belongs to one loop
+            await asyncio.sleep(min(0.2, wait_s))
 
     async def validate(self, task: Task, cfg: config.Sandbox, *, runs: int) -> list[str]:
         """As the function of that name, with the answer of this pack."""
@@ -454,6 +480,37 @@ class Answers:
     def _forget(self, key: str, run: asyncio.Task[Verdict]) -> None:
         if run.cancelled() or run.exception() or run.result().grade is Grade.TIMEOUT:
             self._runs.pop(key, None)
+
+
+def patience_s(cfg: config.Sandbox, *, setup_s: float) -> float:
+    """No grade takes longer, its repetitions included, where a sandbox takes `setup_s` to come and go."""
+    return cfg.grade_s + (2 + cfg.confirm) * (cfg.grade_s + setup_s)
+
+
+def _after(first: Verdict, second: Verdict) -> Verdict:
+    """The second verdict, which had more room, and what both took."""
+    return dataclasses.replace(second, runs=first.runs + second.runs, seconds=first.seconds + second.seconds)
+
+
+def _regressed(verdict: Verdict, answer: Answer) -> bool:
+    """Whether all that had failed before passes, and something that had passed does not."""
+    passed = set(verdict.passed)
+    return (
+        verdict.grade is Grade.UNRESOLVED
+        and passed.issuperset(answer.fail_to_pass)
+        and not passed.issuperset(answer.pass_to_pass)
+    )
+
+
+def _confirmed(first: Verdict, again: Verdict) -> Verdict:
+    """Of two runs of one patch: their verdict if they agree, that of a forgery, else FLAKY."""
+    both = _after(first, again)
+    if again.grade in (first.grade, Grade.TAMPERED):
+        return both
+    passed = tuple(test for test in first.passed if test in again.passed)
+    failed = tuple(dict.fromkeys((*first.failed, *again.failed)))
+    said = f"{first.grade} in {first.runs} of {both.runs} runs ({first.reason}), {again.grade} in the last"
+    return dataclasses.replace(both, grade=Grade.FLAKY, passed=passed, failed=failed, reason=said)
 
 
 def answers_of(path: Path) -> Answers:

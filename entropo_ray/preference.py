@@ -19,14 +19,14 @@ from entropo_ray.records import Grade, Label, Outcome, Pair
 K = TypeVar("K")
 
 # Why an outcome does not teach, in the order in which the question is asked.
-REASONS = ("tampered", "ungraded", "timeout", "patch_failed", "over_length", "unfinished")
+REASONS = ("tampered", "ungraded", "timeout", "flaky", "patch_failed", "over_length", "unfinished")
 
 
 def teaching(outcomes: Iterable[Outcome], cfg: Preference) -> tuple[list[Outcome], Counter[str]]:
     """The outcomes that may be chosen or rejected, and how many were dropped by each of REASONS.
 
-    What no test could answer is not a wrong answer: lost sandboxes, time-outs, forged runs and patches that do not
-    apply are neither side of a pair.
+    What no test could answer is not a wrong answer: lost sandboxes, time-outs, forged runs, runs that contradict each
+    other and patches that do not apply are neither side of a pair.
     """
     kept: list[Outcome] = []
     dropped: Counter[str] = Counter()
@@ -44,10 +44,8 @@ def _dropped(outcome: Outcome, cfg: Preference) -> str:
         return "tampered"
     if outcome.grade is None or outcome.stop.infra:
         return "ungraded"
-    if outcome.grade is Grade.TIMEOUT:
-        return "timeout"
-    if outcome.grade is Grade.PATCH_FAILED:
-        return "patch_failed"
+    if outcome.grade in (Grade.TIMEOUT, Grade.FLAKY, Grade.PATCH_FAILED):
+        return outcome.grade.value
     if cfg.max_tokens is not None and outcome.num_tokens > cfg.max_tokens:
         return "over_length"
     if cfg.finished_only and not outcome.stop.finished:

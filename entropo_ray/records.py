@@ -60,6 +60,7 @@ class Grade(StrEnum):
     PATCH_FAILED = "patch_failed"  # does not apply
     TIMEOUT = "timeout"
     TAMPERED = "tampered"  # the evidence contradicts itself; never chosen, never rejected
+    FLAKY = "flaky"  # one run says this, another that; never chosen, never rejected
 
 
 class Role(StrEnum):
@@ -192,8 +193,8 @@ class Outcome:
 
     @property
     def resolved(self) -> bool | None:
-        """The label u: True, False, or None where there is none (lost sandbox, time-out, tampering)."""
-        if self.grade in (None, Grade.TIMEOUT, Grade.TAMPERED):
+        """The label u: True, False, or None where there is none (lost sandbox, time-out, tampering, flaky tests)."""
+        if self.grade in (None, Grade.TIMEOUT, Grade.TAMPERED, Grade.FLAKY):
             return None
         return self.grade is Grade.RESOLVED
 

@@ -49,6 +49,7 @@ class Row:
     entropy: float | None  # nats per action token
     turns: float
     lost: int
+    flaky: int  # attempts whose hidden tests said this once and that once
     seconds: dict[str, float]  # by stage, over all starts
 
 
@@ -83,6 +84,7 @@ def _row(home: Path, t: int, lines: Sequence[Mapping[str, Any]], suite: Mapping[
         entropy=_last(lines, t, "sample", "entropy"),
         turns=_mean([float(a.num_turns) for a in attempts]),
         lost=sum(a.grade is None for a in attempts),
+        flaky=sum(a.grade is Grade.FLAKY for a in attempts),
         seconds=_seconds(lines, t),
     )
 
@@ -145,7 +147,7 @@ def _suite(home: Path) -> dict[str, Task]:
     cfg = _config(home)
     if cfg is None or not Path(cfg.tasks.path).is_dir():
         return {}
-    return {task.id: task for task in tasks.load(config.Tasks(path=cfg.tasks.path, split="all"))}
+    return {task.id: task for task in tasks.load(config.Tasks(path=cfg.tasks.path, split="all", quarantined=True))}
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -175,6 +177,7 @@ def _cells(row: Row) -> list[tuple[str, str]]:
         ("tasks", str(row.tasks)),
         ("attempts", str(row.attempts)),
         ("lost", str(row.lost)),
+        ("flaky", str(row.flaky)),
         ("both sides", str(row.both)),
         ("pairs", _number(row.pairs)),
         ("pass@1", f"{row.pass_1:.3f} ±{row.pass_1_error:.3f}"),

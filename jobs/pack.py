@@ -2,6 +2,7 @@
 
     python jobs/pack.py conf/local.yaml [key=value ...]
     python jobs/pack.py conf/local.yaml pack.check=true     # prove an existing pack again
+    python jobs/pack.py conf/local.yaml pack.check=true pack.quarantine=true      # and leave out what does not hold
     python jobs/pack.py conf/inject.yaml source.package=NAME_OR_DIRECTORY tasks.path=PACK    # bugs put into a package
 
 A pack that is whole is left as it is.

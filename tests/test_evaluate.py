@@ -141,7 +141,7 @@ PATCHES = {
     (t, i): diff("a.py", f"+x = {i // 2}") if i < 3 else "" for t in ("t", "u") for i in range(4)
 }  # 0 and 1 are alike, 3 is empty
 GRADES = {
-    ("t", 0): Grade.RESOLVED, ("t", 1): Grade.RESOLVED, ("t", 2): Grade.UNRESOLVED, ("t", 3): Grade.EMPTY,
+    ("t", 0): Grade.RESOLVED, ("t", 1): Grade.RESOLVED, ("t", 2): Grade.FLAKY, ("t", 3): Grade.EMPTY,
     ("u", 0): Grade.TAMPERED, ("u", 1): None, ("u", 2): Grade.RESOLVED, ("u", 3): Grade.EMPTY,
 }  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_the_numbers_of_a_small_evaluation_by_hand(out):
     assert numbers["gain"] == pytest.approx(1)
     assert numbers["resolved"] == 2
     assert numbers["resolved_rate_low"] == pytest.approx(evaluate.wilson(2, 2)[0])
-    assert (numbers["tampered"], numbers["empty"], numbers["ungraded"]) == (1, 2, 1)
+    assert (numbers["tampered"], numbers["flaky"], numbers["empty"], numbers["ungraded"]) == (1, 1, 2, 1)
     assert numbers["entropy"] == pytest.approx(1.5)
     assert numbers["distinct_patches"] == pytest.approx(2 / 4)
     assert numbers["distinct_resolved"] == 1

@@ -588,6 +588,102 @@ def test_an_unknown_task_is_the_users_mistake(task, gold):
         asyncio.run(Answers({}).grade(task, gold, CFG))
 
 
+SECOND = {
+    "a time-out, and none with more room": ([Grade.TIMEOUT, Grade.RESOLVED], (), Grade.RESOLVED, 2),
+    "two time-outs": ([Grade.TIMEOUT] * 2, (), Grade.TIMEOUT, 2),
+    "a time-out, then a regression that stays": (
+        [Grade.TIMEOUT, *[Grade.UNRESOLVED] * 3],
+        P2P[:1],
+        Grade.UNRESOLVED,
+        4,
+    ),
+    "a regression that stays": ([Grade.UNRESOLVED] * 3, P2P[:1], Grade.UNRESOLVED, 3),
+    "a regression that comes and goes": ([Grade.UNRESOLVED] * 2 + [Grade.RESOLVED], P2P[:1], Grade.FLAKY, 3),
+    "a regression, and a time-out": ([Grade.UNRESOLVED, Grade.TIMEOUT], P2P[:1], Grade.FLAKY, 2),
+    "a regression, and a forgery": ([Grade.UNRESOLVED, Grade.TAMPERED], P2P[:1], Grade.TAMPERED, 2),
+    "no fix": ([Grade.UNRESOLVED], F2P, Grade.UNRESOLVED, 1),
+    "no fix, and a regression": ([Grade.UNRESOLVED], (*F2P, *P2P), Grade.UNRESOLVED, 1),
+    "a fix": ([Grade.RESOLVED], (), Grade.RESOLVED, 1),
+}
+
+
+@pytest.mark.parametrize(("found", "failed", "expected", "runs"), SECOND.values(), ids=SECOND.keys())
+def test_what_may_be_the_machine_or_chance_is_run_again(task, gold, answer, monkeypatch, found, failed, expected, runs):
+    """The decisions alone; the runs are stood in for."""
+    coming = iter(found)
+
+    async def grade_(task, patch, answer, cfg):
+        one = next(coming)
+        wrong = failed if one is Grade.UNRESOLVED else ()
+        passed = tuple(test for test in (*F2P, *P2P) if test not in wrong)
+        return dataclasses.replace(grade._verdict(one, "why"), passed=passed, failed=tuple(wrong), runs=1, seconds=2.0)
+
+    monkeypatch.setattr(grade, "grade", grade_)
+    verdict = asyncio.run(Answers({"shop-1": answer}).grade(task, gold, dataclasses.replace(CFG, confirm=2)))
+    assert (verdict.grade, verdict.runs, verdict.seconds) == (expected, runs, 2.0 * runs)
+    assert list(coming) == []
+    if expected is Grade.FLAKY:
+        assert (set(verdict.passed), verdict.failed) == ({*F2P, *P2P[1:]}, P2P[:1])
+        assert verdict.reason.startswith(f"unresolved in {runs - 1} of {runs} runs (why), ")
+
+
+def test_a_time_out_is_asked_again_when_less_runs_beside_it(task, gold, answer, monkeypatch):
+    """At most as long as one run may take: others may keep coming."""
+    going, seen = 0, []
+
+    async def grade_(task, patch, answer, cfg):
+        nonlocal going
+        going += 1
+        if patch == gold:
+            seen.append(going)
+        await asyncio.sleep(0 if patch == gold else 0.3)
+        going -= 1
+        return grade._verdict(Grade.TIMEOUT if patch == gold and len(seen) == 1 else Grade.RESOLVED, "")
+
+    monkeypatch.setattr(grade, "grade", grade_)
+
+    async def together(grade_s):
+        answers, cfg = Answers({"shop-1": answer}), dataclasses.replace(CFG, grade_s=grade_s)
+        patches = [*(f"{gold}{n}" for n in range(4)), gold]
+        return (await asyncio.gather(*(answers.grade(task, patch, cfg) for patch in patches)))[-1].grade
+
+    assert asyncio.run(together(20.0)) is Grade.RESOLVED
+    assert seen == [5, 1]
+    seen.clear()
+    asyncio.run(together(0.05))
+    assert seen == [5, 5]
+
+
+def test_a_patch_that_does_not_end_is_given_a_second_run_and_is_not_kept(task, answer, patch_of):
+    endless = patch_of({"shop/numbers.py": "while True:\n    pass\n"})
+
+    async def one():
+        answers = Answers({"shop-1": answer})
+        verdict = await answers.grade(task, endless, dataclasses.replace(CFG, grade_s=3.0))
+        await asyncio.sleep(0)
+        return verdict, answers._runs
+
+    verdict, kept = asyncio.run(one())
+    assert (verdict.grade, verdict.reason, verdict.runs) == (Grade.TIMEOUT, "time-out", 2)
+    assert verdict.seconds > 6
+    assert kept == {}
+
+
+def test_a_test_that_is_decided_by_chance_is_flaky(task, answer, patch_of):
+    """In real runs: half of them break a test that passed. A patch that nothing was seen of at first is tried again."""
+    chance = f"import os\n\n{fixed()}".replace("return 2 * value", "return 2 * value + os.urandom(1)[0] % 2")
+    for number in range(20):
+        patch = patch_of({"shop/numbers.py": f"{chance}# {number}\n"})
+        cfg = dataclasses.replace(CFG, confirm=20)
+        verdict = asyncio.run(Answers({"shop-1": answer}).grade(task, patch, cfg))
+        if verdict.runs > 1:
+            break
+    assert verdict.grade is Grade.FLAKY, verdict
+    assert set(F2P) <= set(verdict.passed)
+    assert P2P[-1] in verdict.failed
+    assert f"of {verdict.runs} runs" in verdict.reason
+
+
 # validate
 
 

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from entropo_ray import config, ingest, tasks
-from entropo_ray.records import File
-from entropo_ray.sandbox import SandboxLost
+from entropo_ray.records import File, Grade, Graded, Verdict
+from entropo_ray.sandbox import SandboxError, SandboxLost
 from entropo_ray.tasks import local, pack
 
 HERE = Path(__file__).resolve().parent.parent
@@ -157,3 +158,67 @@ def test_a_pack_names_its_settings_beside_its_tasks(made):
     said = json.loads((made[0] / "made_with.json").read_text())
     assert said["pack.count"] == 3
     assert said["seed"] == 0
+
+
+# Quarantine
+
+
+def test_check_puts_what_no_longer_holds_in_quarantine_and_the_rest_goes_on(made, tmp_path, caplog):
+    to, task_id = copy_of(made, tmp_path, lambda answer: dataclasses.replace(answer, patch=""))
+    cfg = dataclasses.replace(PACK, check=True, quarantine=True)
+    assert ingest.check(cfg, BOX, path=to) == {"tasks": 3.0, "refused": 0.0, "quarantined": 1.0}
+    (line,) = [json.loads(line) for line in (to / "quarantine.jsonl").read_text().splitlines()]
+    assert (line["id"], line["reasons"][0].partition(":")[0]) == (task_id, "gold_fails")
+    assert datetime.fromisoformat(line["when"]).utcoffset() == timedelta(0)
+    caplog.set_level("INFO", logger="entropo_ray")
+    caplog.clear()
+    suite = tasks.load(config.Tasks(path=str(to), split="all"))
+    assert (len(suite), task_id in {task.id for task in suite}) == (3, False)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tasks.path={to}: 1 of 4 tasks are in quarantine and left out"
+    ]
+    assert len(tasks.load(config.Tasks(path=str(to), split="all", quarantined=True))) == 4
+    assert ingest.check(PACK, BOX, path=to) == {"tasks": 3.0, "refused": 0.0}  # what is left holds
+
+
+def test_a_sandbox_that_is_lost_puts_nothing_in_quarantine(made, tmp_path):
+    to, _ = copy_of(made, tmp_path, lambda answer: answer)
+    shutil.rmtree(pack.tasks(to)[1].image)
+    with pytest.raises(SandboxError):
+        ingest.check(dataclasses.replace(PACK, check=True, quarantine=True), BOX, path=to)
+    assert not (to / "quarantine.jsonl").exists()
+
+
+def test_lists_of_a_run_are_left_out_where_they_are_named(made, tmp_path):
+    to = made[0]
+    first, second, *_ = [task.id for task in pack.tasks(to)]
+    lists = [tmp_path / "a" / "flaky.jsonl", tmp_path / "b.jsonl"]
+    lists[0].parent.mkdir()
+    assert [pack.quarantine(lists[0], {first: ["flaky: x"]}), pack.quarantine(lists[0], {first: ["again"]})] == [1, 0]
+    assert pack.quarantined(lists[0])[first].reasons == ("flaky: x",)
+    pack.quarantine(lists[1], {second: ["y"], "of another pack": []})
+    asked = config.Tasks(path=str(to), split="all", quarantine=list(map(str, lists)))
+    assert {first, second}.isdisjoint(task.id for task in tasks.load(asked))
+    assert len(tasks.load(asked)) == 2
+    pack.quarantine(lists[1], {task.id: ["all"] for task in pack.tasks(to)})
+    with pytest.raises(ValueError, match=r"no task with split=all and limit=None, 4 in quarantine; "):
+        tasks.load(asked)
+    with pytest.raises(ValueError, match=r"tasks\.quarantine=/no/list: no such file"):
+        tasks.load(dataclasses.replace(asked, quarantine=["/no/list"]))
+    lists[1].write_text("nonsense\n")
+    with pytest.raises(ValueError, match=r"b\.jsonl: expected one object a line, with id, reasons and when"):
+        tasks.load(asked)
+
+
+def test_flaky_verdicts_are_listed_in_the_form_of_a_quarantine(tmp_path):
+    def graded(key, sample, grade):
+        verdict = Verdict(
+            grade=grade, passed=(), failed=("t",), dropped=(), exit_code=1, runs=2, seconds=1.0, reason=f"r{sample}"
+        )
+        return Graded(task_id=key, sample=sample, grade=grade, verdict=verdict)
+
+    file = tmp_path / "flaky.jsonl"
+    pack.list_flaky(file, [graded("a", 0, Grade.UNRESOLVED), Graded(task_id="b", sample=0, grade=None, verdict=None)])
+    assert not file.exists()
+    pack.list_flaky(file, [graded("a", 0, Grade.FLAKY), graded("b", 1, Grade.RESOLVED), graded("a", 2, Grade.FLAKY)])
+    assert {key: one.reasons for key, one in pack.quarantined(file).items()} == {"a": ("flaky: r0", "flaky: r2")}

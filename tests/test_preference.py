@@ -63,6 +63,7 @@ def test_another_seed_draws_other_pairs():
         (Grade.TAMPERED, Stop.AGENT, "tampered"),
         (Grade.TIMEOUT, Stop.AGENT, "timeout"),
         (Grade.PATCH_FAILED, Stop.AGENT, "patch_failed"),
+        (Grade.FLAKY, Stop.AGENT, "flaky"),
         (None, Stop.AGENT, "ungraded"),
         (None, Stop.INFRA_ERROR, "ungraded"),
         (Grade.RESOLVED, Stop.TOKEN, "unfinished"),

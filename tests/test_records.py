@@ -171,6 +171,7 @@ def test_nested_nones_stay_none():
         (Grade.PATCH_FAILED, False),
         (Grade.TIMEOUT, None),
         (Grade.TAMPERED, None),
+        (Grade.FLAKY, None),
         (None, None),
     ],
 )

@@ -210,14 +210,14 @@ def test_a_round_without_preferences_or_policy_is_shown(tmp_path):
 def test_numbers_equal_those_counted_by_hand(tmp_path):
     grades = {
         "a": [Grade.RESOLVED, Grade.RESOLVED, Grade.UNRESOLVED, Grade.EMPTY],
-        "b": [Grade.UNRESOLVED, Grade.TIMEOUT, Grade.UNRESOLVED, Grade.TAMPERED],
+        "b": [Grade.UNRESOLVED, Grade.TIMEOUT, Grade.FLAKY, Grade.TAMPERED],
         "c": [Grade.RESOLVED, None, None, Grade.UNRESOLVED],  # two lost: they are no failures
     }
     products(tmp_path, 0, [trajectory(task, n, grade=g) for task, gs in grades.items() for n, g in enumerate(gs)])
     (row,) = report.rounds(tmp_path)
     assert row.pass_1 == pytest.approx((2 / 4 + 0 / 4 + 1 / 2) / 3)
     assert row.pass_k == pytest.approx(2 / 3)
-    assert (row.tasks, row.attempts, row.samples, row.lost, row.both) == (3, 12, 4, 2, 2)
+    assert (row.tasks, row.attempts, row.samples, row.lost, row.flaky, row.both) == (3, 12, 4, 2, 1, 2)
     # 1.96 x standard error of (.5, 0, .5)
     assert row.pass_1_error == pytest.approx(1.96 * (1 / 12) ** 0.5 / 3**0.5)
 

@@ -79,6 +79,16 @@ def test_every_task_gets_its_first_attempt_before_any_gets_its_second():
     assert asked[4].seed == stage.seed_of(7, "fix", 1, asked[4].task.id, 1)
 
 
+def test_attempts_at_tasks_that_are_no_longer_asked_for_are_named_before_anything_is_sampled(tmp_path):
+    """A quarantine may come between two starts."""
+    asked = stage.requests([task("a"), task("b")], 2, role=Role.FIX, round=0, seed=7)
+    to = tmp_path / "trajectories"
+    store.append(to, Example, [Example(task_id="a", sample=1, token_ids=(1,), action_mask=(True,))], key=("a", 1))
+    assert [(r.task.id, r.sample) for r in stage.unanswered(asked, to)] == [("a", 0), ("b", 0), ("b", 1)]
+    with pytest.raises(ValueError, match=r"attempts that this start does not ask for \(a/1\): .*tasks\.quarantined"):
+        stage.unanswered([r for r in asked if r.task.id == "b"], to)
+
+
 def test_no_task_is_drawn_twice_before_all_were():
     suite = [task(f"t{i}") for i in range(40)]
     rounds = [stage.drawn(suite, 15, seed=3, round=t) for t in range(8)]

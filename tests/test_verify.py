@@ -123,6 +123,7 @@ def test_only_answered_finished_attempts_teach_and_only_by_the_label(policy, wor
         trajectory("t", 2, Grade.TAMPERED),
         trajectory("t", 3, None),
         trajectory("t", 4, Grade.RESOLVED, stop=Stop.TOKEN),
+        trajectory("t", 5, Grade.FLAKY),
         trajectory("u", 0, Grade.UNRESOLVED, patch="p" * 900),
     ]
     second = [trajectory("t", 0, Grade.EMPTY, patch="")]  # the next round repeats its keys
@@ -141,7 +142,7 @@ def test_only_answered_finished_attempts_teach_and_only_by_the_label(policy, wor
     prompt = model.render(examples.evidence(first[0], SUITE[0]), words, 400)
     assert list(found["t", 0].token_ids) == [*prompt, *answers.yes]
     assert numbers == {
-        "examples": 3, "yes": 1, "no": 2, "dropped_unanswered": 2, "dropped_unfinished": 1, "dropped_long": 1,
+        "examples": 3, "yes": 1, "no": 2, "dropped_unanswered": 3, "dropped_unfinished": 1, "dropped_long": 1,
         "tokens": sum(len(e.token_ids) for e in found.values()),
     }  # fmt: skip
 

@@ -74,7 +74,7 @@ class Graders:
 
     async def _verdict(self, answers: grade.Answers, task: Task, patch: str) -> Verdict | str:
         """The verdict, or why there is none after `tries`: a dead sandbox is never a failed grade."""
-        limit_s = self._cfg.sandbox.grade_s + setup_s(self._cfg.sandbox)
+        limit_s = grade.patience_s(self._cfg.sandbox, setup_s=setup_s(self._cfg.sandbox))
         reason = ""
         for number in range(self._cfg.tries):
             if number:

@@ -29,13 +29,25 @@ from ray.data import ActorPoolStrategy, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import GetTimeoutError
 
-from entropo_ray import chat, config, observe, store
+from entropo_ray import chat, config, grade, observe, store
 from entropo_ray.agent.episode import Generate
-from entropo_ray.records import Outcome, Policy, Role, RolloutRequest, Stop, Task, Trajectory, from_table, to_table
+from entropo_ray.records import (
+    Grade,
+    Outcome,
+    Policy,
+    Role,
+    RolloutRequest,
+    Stop,
+    Task,
+    Trajectory,
+    from_table,
+    to_table,
+)
 from entropo_ray.rollout import engine
 from entropo_ray.rollout.episodes import Episodes, Voice, spec_of
 from entropo_ray.rollout.graders import LOST, Answered, Graders
 from entropo_ray.rollout.lending import keepers, setup_s
+from entropo_ray.tasks import pack
 
 ATTEMPTS = "attempts"  # directory inside the product: attempts of this start, one byte each
 START_S = 600  # until the actors of both pools run
@@ -126,6 +138,11 @@ def unanswered(asked: Sequence[RolloutRequest], to: Path) -> list[RolloutRequest
     """Those that have no row on disk. The product is not sealed yet."""
     assert not store.done(to), f"{to} is whole already"
     held = store.keys(to)
+    if foreign := held - {_key(request) for request in asked}:
+        raise ValueError(
+            f"{to} has attempts that this start does not ask for ({_some(foreign)}): its tasks are others now, by a "
+            f"quarantine perhaps; give them back (tasks.quarantined=true), or remove {to}"
+        )
     return [request for request in asked if _key(request) not in held]
 
 
@@ -213,7 +230,8 @@ def _pool(actors: int, each: int) -> dict[str, Any]:
 def _longest_s(cfg: config.Rollout) -> float:
     """No row takes longer than this, every try of its episode and of its grade included."""
     setup = setup_s(cfg.sandbox)
-    return cfg.tries * (cfg.agent.wall_s + cfg.agent.extract_s + cfg.sandbox.grade_s + 2 * setup)
+    grade_s = grade.patience_s(cfg.sandbox, setup_s=setup)
+    return cfg.tries * (cfg.agent.wall_s + cfg.agent.extract_s + grade_s + setup)
 
 
 def _store_bytes(cfg: config.Rollout) -> int:
@@ -260,6 +278,7 @@ def seal(asked: Sequence[RolloutRequest], to: Path, *, graded: bool) -> dict[str
     for name in (LOST, ATTEMPTS):
         shutil.rmtree(to / name, ignore_errors=True)
     store.seal(to, Trajectory)
+    pack.list_flaky(to.with_name("flaky.jsonl"), store.read(to, Outcome))
     return numbers(to, graded=graded)
 
 
@@ -292,7 +311,8 @@ def _grades(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {
         "resolved_rate": sum(resolved) / max(1, len(resolved)),
         "tasks_both": sum(len(both) == 2 for both in labels.values()),
-        "tampered": sum(o.grade == "tampered" for o in outcomes),
+        "tampered": sum(o.grade is Grade.TAMPERED for o in outcomes),
+        "flaky": sum(o.grade is Grade.FLAKY for o in outcomes),
     }
 
 

@@ -1,7 +1,7 @@
 """A task pack on disk, the same for every source: tasks.jsonl, answers.jsonl, repos/<id>/, and `done`, written last.
 
 Sources with imports of their own add sites/<digest>/, what repositories import; those that know whence a task comes
-add provenance.jsonl, which no sandbox sees.
+add provenance.jsonl, which no sandbox sees. Tasks that no longer hold are listed in quarantine.jsonl.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from entropo_ray.records import Answer, Task, from_row, to_row
+from entropo_ray.records import Answer, Grade, Graded, Outcome, Task, from_row, to_row
 
 _TASKS = "tasks.jsonl"
 _ANSWERS = "answers.jsonl"
 _REPOS = "repos"
 _SITES = "sites"
 _DONE = "done"
+_QUARANTINE = "quarantine.jsonl"
 # columns that packs of before do not have
 _LATER = {f.name: f.default for f in dataclasses.fields(Answer) if f.default is not dataclasses.MISSING}
 PRACTICE = "practice"  # a split for a teacher to play on: never graded, so its answers are not kept
@@ -36,6 +38,15 @@ class Mined:
     base: str = ""  # commit that the image of a public data set starts from, "" for HEAD
     bug: str = ""  # diff that makes the task's checkout of that commit, where the image holds the repaired one
     remove: tuple[str, ...] = ()  # paths of the image that show hidden tests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined:
+    """A task that is left out, and why."""
+
+    id: str
+    reasons: tuple[str, ...]
+    when: str  # UTC
 
 
 def repository(to: Path, task_id: str) -> Path:
@@ -80,6 +91,41 @@ def tasks(path: Path) -> list[Task]:
 def answers(path: Path) -> dict[str, Answer]:
     """The answers of a whole pack by task id. For graders alone."""
     return {row["task_id"]: from_row(Answer, _LATER | row) for row in _rows(path / _ANSWERS)}
+
+
+# Quarantine
+
+
+def quarantine_of(path: Path) -> Path:
+    """Where a pack lists the tasks that no longer hold. The file need not exist."""
+    return path / _QUARANTINE
+
+
+def quarantined(file: Path) -> dict[str, Quarantined]:
+    """The tasks of such a list by id. ValueError for a line that is none."""
+    try:
+        return {row["id"]: from_row(Quarantined, row) for row in _rows(file)}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: expected one object a line, with id, reasons and when; found {error!r}") from error
+
+
+def quarantine(file: Path, reasons: Mapping[str, Sequence[str]]) -> int:
+    """Add tasks, by id with their reasons, to a list that is made if need be; how many are new to it."""
+    listed = quarantined(file) if file.is_file() else {}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    new = {key: Quarantined(id=key, reasons=tuple(r), when=now) for key, r in reasons.items() if key not in listed}
+    if new:
+        lines(file, map(to_row, (listed | new).values()))
+    return len(new)
+
+
+def list_flaky(file: Path, graded: Iterable[Graded | Outcome]) -> None:
+    """The tasks of flaky verdicts in the form of a quarantine: whether they are to be left out is for people to say."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for one in graded:
+        if one.grade is Grade.FLAKY and one.verdict is not None:
+            found[one.task_id].append(f"flaky: {one.verdict.reason}")
+    quarantine(file, found)
 
 
 def _relative(task: Task, to: Path) -> Task:
