@@ -38,16 +38,24 @@ class Pack:
 
 @dataclass(frozen=True)
 class Source:
-    """jobs/pack.py: where tasks come from. Of all but kind, source.kind=inject alone makes use."""
+    """jobs/pack.py: where tasks come from. The local kind makes use of nothing else here."""
 
-    kind: Literal["local", "inject"] = "local"  # inject: bugs put into Python packages that have tests
+    kind: Literal["local", "inject", "rows"] = "local"  # inject: bugs put into Python packages; rows: public data sets
+    rows: str = ""  # of kind rows, like all up to `pulls`: .json, .jsonl, .parquet, a directory, owner/name[:split]
+    limit: int | None = None  # the first so many rows
+    images: dict[str, str] = field(default_factory=dict)  # family -> name of its images with {image} or {id} in it
+    mirror: str = ""  # registry prefix that takes the place of the registry in names of images
+    push: str = ""  # registry prefix that prepared images are pushed to, for other nodes; "": they stay here
+    pull_s: float = 1800.0  # one image, all tries and pauses together
+    pull_tries: int = 6  # each pause is about twice as long as the one before
+    pulls: int = 3  # images pulled at once
     package: str = ""  # NAME or NAME==VERSION of the package index, or a directory; several with commas
     count: int = 40  # tasks to keep of each package, if there are so many
-    seed: int = 0
+    seed: int = 0  # of injected bugs, and of held_out
     tries: int = 5  # mutants run for each task that is to be kept
     per_function: int = 3  # tasks of one function at most
     combined: float = 0.15  # share of mutants that hold two changes of one function
-    held_out: float = 0.2  # share of tasks for the test split, if it can be had
+    held_out: float = 0.2  # share of tasks for the test split, if it can be had; rows: of repositories
     held_out_by: Literal["file", "package"] = "file"  # what lies in one split whole, so that no function is in both
     file_s: float = 5.0  # test files that run longer are left out
     suite_s: float = 15.0  # all test files together; what is beyond is left out, by seed
@@ -472,18 +480,32 @@ def _check(cfg: Run) -> None:
 
 
 def _sourcing(source: Source) -> list[tuple[bool, str]]:
-    counts = ((name, getattr(source, name)) for name in ("count", "tries", "per_function"))
-    bounds = ((name, getattr(source, name)) for name in ("file_s", "suite_s", "fetch_s"))
+    counts = ((name, getattr(source, name)) for name in ("count", "tries", "per_function", "pull_tries", "pulls"))
+    bounds = ((name, getattr(source, name)) for name in ("file_s", "suite_s", "fetch_s", "pull_s"))
     return [
         (
             source.kind != "inject" or bool(source.package.replace(",", "").strip()),
             "source.package is empty: source.kind=inject needs a project of the package index or a directory",
         ),
+        (
+            source.kind != "rows" or bool(source.rows.strip()),
+            "source.rows is empty: source.kind=rows needs a file, a directory or a name of the hub, owner/name[:split]",
+        ),
+        (source.limit is None or source.limit >= 1, f"source.limit={source.limit}: must be at least 1"),
+        *((_is_prefix(p), f"source.{k}={p}: give host[:port][/path]") for k, p in _prefixes(source)),
         *((number >= 1, f"source.{name}={number}: must be at least 1") for name, number in counts),
         *((seconds > 0, f"source.{name}={seconds}: must be above 0") for name, seconds in bounds),
         (0 <= source.combined <= 1, f"source.combined={source.combined}: must lie in [0, 1]"),
         (0 <= source.held_out < 1, f"source.held_out={source.held_out}: must lie in [0, 1)"),
     ]
+
+
+def _prefixes(source: Source) -> list[tuple[str, str]]:
+    return [("mirror", source.mirror), ("push", source.push)]
+
+
+def _is_prefix(text: str) -> bool:
+    return "://" not in text and not any(letter.isspace() for letter in text)
 
 
 def _fitting(name: str, fit: Fit) -> list[tuple[bool, str]]:

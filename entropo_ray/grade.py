@@ -25,7 +25,8 @@ from entropo_ray import config, sandbox
 from entropo_ray.records import Answer, Grade, Task, Verdict, to_row
 from entropo_ray.sandbox import ExecResult, Sandbox, SandboxError, SandboxSpec
 from entropo_ray.sandbox.patch import PATCH_MB
-from entropo_ray.tasks import pack, scripted, swebench
+from entropo_ray.tasks import diffs, pack, scripted, swebench
+from entropo_ray.tasks.pack import Ruling
 
 GRADER_VERSION = "pytest-2"  # part of every cache key: raise it when a verdict could change
 
@@ -35,6 +36,7 @@ _ENVIRONMENT = {"PYTHONHASHSEED": "0", "TZ": "UTC", "LANG": "C.UTF-8", "PYTHONDO
 _EVIDENCE_BYTES = 8 << 20  # about 20,000 tests
 _TESTS_FAILED = 1  # pytest's exit code when it ran to its end and a test failed, as one always does here
 _LOG_BYTES = 32 << 20  # of a script's run
+_AUDIT_BYTES = 64 << 20  # two lines an object
 _RUN = 'script=$(cat); exec </dev/null; eval "$script"'  # read whole before it starts: nothing on disk to rewrite
 
 # each attempt begins on a clean tree; the last ones take what fits roughly, as the official harness does
@@ -546,6 +548,77 @@ async def validate(task: Task, answer: Answer, cfg: config.Sandbox, *, runs: int
     return refusals + await _leaks(task, answer, cfg)
 
 
+async def settle(task: Task, answer: Answer, cfg: config.Sandbox, *, runs: int) -> Ruling:
+    """As `validate`, for a row of a public data set, of which tests nobody has seen here.
+
+    The visible tests are found: those of pass_to_pass that pass in each run on the untouched checkout. What must pass
+    before and after, and does not do so in every run, is to be left out. Instable tests that decide refuse the task.
+    """
+    if not answer.fail_to_pass:
+        return Ruling(reasons=("no_f2p: fail_to_pass is empty",))
+    assert scripted.mine(answer), f"{task.id}: public rows have scripts, their own or made for them"
+    gold = [await _hidden(task, answer.patch, answer, cfg) for _ in range(runs)]
+    if reasons := _limit_refusals(gold):
+        return Ruling(reasons=tuple(reasons))
+    empty = [await _hidden(task, "", answer, cfg) for _ in range(runs)]
+    unstable = tuple(t for t in (*answer.pass_to_pass, *answer.expected_failures) if _wavers(t, gold, empty))
+    wavering = [t for t in answer.fail_to_pass if _wavers(t, gold, empty)]
+    stable = pack.without(answer, unstable)
+    gold, empty = [_again(v, stable) for v in gold], [_again(v, stable) for v in empty]
+    reasons = [f"unstable_f2p: {wavering[0]} and {len(wavering) - 1} more"] if wavering else []
+    reasons += _gold_refusals(gold) + _empty_refusals(empty)
+    if reasons:
+        return Ruling(reasons=tuple(reasons), unstable=unstable)
+    visible = await _visible(task, stable.pass_to_pass, cfg, runs=runs)
+    leaks = await _leaks(dataclasses.replace(task, visible=visible), stable, cfg)
+    return Ruling(reasons=tuple(leaks), unstable=unstable, visible=visible)
+
+
+def _wavers(test: str, *sides: Sequence[Verdict]) -> bool:
+    """Whether runs of the same patch say different things of a test."""
+    return any(len({test in verdict.passed for verdict in runs}) > 1 for runs in sides)
+
+
+def _again(verdict: Verdict, answer: Answer) -> Verdict:
+    """The verdict of a run, had only these tests been asked for. `passed` holds what is as it should be."""
+    if verdict.grade not in (Grade.RESOLVED, Grade.UNRESOLVED):
+        return verdict
+    failed = tuple(test for test in scripted.decisive(answer) if test not in verdict.passed)
+    # a run that did not end is no run in which only these tests were wrong
+    mended = verdict.failed and not failed and verdict.exit_code >= 0
+    if not mended:
+        return dataclasses.replace(verdict, failed=failed)
+    return dataclasses.replace(verdict, grade=Grade.RESOLVED, reason="", failed=())
+
+
+def _limit_refusals(gold: Sequence[Verdict]) -> list[str]:
+    """A reference patch that meets a limit says that the limit is wrong, not the task."""
+    hit = [verdict.reason for verdict in gold if verdict.grade is Grade.TIMEOUT]
+    return [f"wrong_limits: {hit[0]} in {len(hit)} of {len(gold)} runs of the reference patch"] if hit else []
+
+
+_CAN_TEST = "import tomllib, pytest; pytest.hookimpl(wrapper=True)"  # what grade_inside asks for
+
+
+async def _visible(task: Task, tests: Sequence[str], cfg: config.Sandbox, *, runs: int) -> tuple[str, ...]:
+    """Those of the tests that pass on the untouched checkout each time; none where its Python cannot run ours."""
+    async with sandbox.open_sandbox(_spec(task, cfg), backend=cfg.backend) as box:
+        if (await box.exec(["python", "-P", "-c", _CAN_TEST])).exit_code != 0:
+            return ()
+        names = sorted({_file(test) for test in tests if ".py::" in test})
+        listed = await box.exec(["git", "-c", "safe.directory=*", "ls-files", "-z"], output_bytes=_AUDIT_BYTES)
+        there = set(listed.output.decode(errors="surrogateescape").split("\0")) & set(names)
+    found = tuple(test for test in tests if _file(test) in there)
+    for _ in range(runs if found else 0):
+        verdict = await _run(task, "", Expectation(passing=found), {}, cfg)
+        if verdict.grade not in (Grade.RESOLVED, Grade.UNRESOLVED):
+            return ()
+        found = verdict.passed
+        if not found:
+            break
+    return found
+
+
 def _gold_refusals(gold: Sequence[Verdict]) -> list[str]:
     wrong = [verdict for verdict in gold if verdict.grade is not Grade.RESOLVED]
     if dropped := gold[0].dropped:
@@ -571,7 +644,7 @@ def _empty_refusals(empty: Sequence[Verdict]) -> list[str]:
 
 async def _visible_failures(task: Task, answer: Answer, empty: Sequence[Verdict], cfg: config.Sandbox) -> list[str]:
     """Visible tests that fail on the untouched checkout."""
-    hidden = {file.path for file in answer.files}
+    hidden = {*(file.path for file in answer.files), *diffs.paths(answer.test_patch)}
     runs = list(empty)
     replaced = tuple(test for test in task.visible if _file(test) in hidden)
     if replaced:  # the grading run saw the hidden version of their files
@@ -584,31 +657,44 @@ _AUDIT = r"""
 git() { command git -c safe.directory='*' "$@"; }
 git cat-file --batch-all-objects --batch-check='object %(objecttype) %(objectname)' || exit 3
 git rev-list --objects --no-object-names HEAD | sed 's/^/reachable /'
-find . -path ./.git -prune -o \( -name .pytest_cache -o -name '*.pyc' \) -print | sed 's/^/residue /'
-for name in "$@"; do grep -rlwF --exclude-dir=.git -e "$name" . | sed "s/^/mention $name in /"; done
-git apply --whitespace=nowarn - || exit 0
-git ls-files -m -o -z | xargs -0 -r git hash-object | sed 's/^/gold /'
+find . \( -path ./.git -o -name site-packages -o -name node_modules \) -prune \
+    -o \( -name .pytest_cache -o -name '*.pyc' \) -print | sed 's/^/residue /'
+for name in "$@"; do
+    [ "$PUBLIC" ] && git grep -qwF -e "$name" HEAD && continue
+    grep -rlwF --exclude-dir=.git -e "$name" . | sed "s/^/mention $name in /"
+done
+export GIT_INDEX_FILE=$(mktemp -u) GIT_OBJECT_DIRECTORY=$(mktemp -d) GIT_ALTERNATE_OBJECT_DIRECTORIES=$PWD/.git/objects
+git read-tree HEAD && git apply --cached --whitespace=nowarn - || exit 0
+git diff-index --cached --no-renames --diff-filter=AM HEAD | cut -d ' ' -f 4 | sed 's/^/gold /'
 """
 
 
 async def _leaks(task: Task, answer: Answer, cfg: config.Sandbox) -> list[str]:
-    """What the repository layer holds of the answer or of its history."""
+    """What the repository layer holds of the answer or of its history.
+
+    What a public row's base commit says is no secret: the names of its tests and copies of its files are not counted.
+    """
     known = {_name(test) for test in task.visible}
     names = sorted({_name(test) for test in answer.fail_to_pass} - known)
+    public = scripted.mine(answer)
     async with sandbox.open_sandbox(_spec(task, cfg), backend=cfg.backend) as box:
         result = await box.exec(
-            ["bash", "-c", _AUDIT, "audit", *names], stdin=answer.patch.encode(), output_bytes=_EVIDENCE_BYTES
+            ["bash", "-c", _AUDIT, "audit", *names],
+            env={"PUBLIC": "yes" if public else ""},
+            stdin=answer.patch.encode(errors="surrogateescape"),
+            timeout=cfg.grade_s,
+            output_bytes=_AUDIT_BYTES,
         )
     if result.exit_code != 0 or result.truncated:
         return [f"leak_found: the repository cannot be read: {result.output[-200:].decode(errors='replace')}"]
-    return _read_audit(result.output.decode(errors="replace").splitlines())
+    return _read_audit(result.output.decode(errors="replace").splitlines(), public=public)
 
 
 def _name(test: str) -> str:
     return test.rpartition("::")[2].partition("[")[0]
 
 
-def _read_audit(lines: Iterable[str]) -> list[str]:
+def _read_audit(lines: Iterable[str], *, public: bool) -> list[str]:
     said: dict[str, list[str]] = {}
     for line in lines:
         kind, _, rest = line.partition(" ")
@@ -620,7 +706,8 @@ def _read_audit(lines: Iterable[str]) -> list[str]:
         refusals.append(f"not_one_commit: the repository holds {commits} commits")
     if unreachable := sorted(set(objects) - set(said.get("reachable", []))):
         refusals.append(f"leak_found: {len(unreachable)} objects that HEAD does not reach, {unreachable[0]}")
-    if known := sorted(set(said.get("gold", [])) & set(objects)):
+    secret = set(objects) - set(said.get("reachable", []) if public else [])
+    if known := sorted(set(said.get("gold", [])) & secret):
         refusals.append(f"leak_found: a file of the reference patch is in the repository, blob {known[0]}")
     for kind, text in (("residue", "left from a test run"), ("mention", "a hidden test's name")):
         if found := said.get(kind):

@@ -1,7 +1,8 @@
 """Task packs: make the tasks of a source, prove each in sandboxes, and keep the pack only if they hold.
 
 A pack is made beside its place and renamed, so that a pack that exists is a pack that was proved. The local source
-knows its answers, so one task that does not hold is a defect; of injected bugs those that do not hold are left out.
+knows its answers, so one task that does not hold is a defect; of injected bugs and of rows of public data sets those
+that do not hold are left out.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entropo_ray import config, factory, grade, observe, sandbox, store, tasks
+from entropo_ray import config, curate, factory, grade, observe, sandbox, store, tasks
 from entropo_ray.records import Task
 from entropo_ray.sandbox import SandboxError, docker
-from entropo_ray.tasks import inject, layer, local, pack
+from entropo_ray.tasks import inject, layer, local, pack, rows
 from entropo_ray.tasks.inject import Injected
 
 Prove = Callable[[Task], Awaitable[list[str]]]  # reasons to refuse a task
@@ -44,7 +45,11 @@ def ingest(
         return _numbers(len(pack.tasks(to)))
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"tasks.path={to}: exists and is no whole pack; remove it, or name another place")
-    if box.backend == "docker":
+    if source.kind == "rows" and box.backend != "docker":
+        raise ValueError(
+            f"rollout.sandbox.backend={box.backend}: source.kind=rows has tasks that live in Docker images; give docker"
+        )
+    if source.kind != "rows" and box.backend == "docker":
         raise ValueError(
             f"rollout.sandbox.backend=docker: source.kind={source.kind} makes directories, not images; give bwrap, "
             "or tasks.path of a pack whose images the engine has"
@@ -53,10 +58,15 @@ def ingest(
     partial = store.fresh(to)
     if source.kind == "local":
         numbers = _local(cfg, box, seed=seed, to=partial)
+    elif source.kind == "rows":
+        journal = curate.Journal(to.with_name(f".{to.name}.journal"))
+        numbers = asyncio.run(_rows(cfg, source, box, journal, partial))
     else:
         numbers = asyncio.run(_inject(cfg, source, box, partial))
     (partial / _MADE_WITH).write_text(json.dumps(settings) + "\n")
     partial.replace(to)
+    if source.kind == "rows":
+        journal.close()
     return numbers
 
 
@@ -122,6 +132,35 @@ async def _inject(cfg: config.Pack, source: config.Source, box: config.Sandbox, 
     return _numbers(len(kept), refused) | {"test": float(test)}
 
 
+async def _rows(
+    cfg: config.Pack, source: config.Source, box: config.Sandbox, journal: curate.Journal, to: Path
+) -> dict[str, float]:
+    """Tasks of public data sets, those alone that hold; provenance.jsonl and report.json tell the rest."""
+    unread: dict[str, str] = {}
+    names = rows.Images(templates=source.images, mirror=source.mirror)
+    mined = rows.read(source.rows, images=names, held_out=source.held_out, seed=source.seed, refused=unread)
+    mined = mined[: source.limit]
+    rows.check_parsers(mined)
+
+    async def prove(m: pack.Mined) -> pack.Ruling:
+        return await grade.settle(m.task, m.answer, box, runs=cfg.runs)
+
+    version = json.dumps([grade.GRADER_VERSION, cfg.runs, config.section(box)])
+    found = await curate.Curator(source, journal, prove, version=version).curate(mined)
+    said = curate.report(found, unread)
+    kept = [outcome for outcome in found if not outcome.reasons]
+    if not kept:
+        reasons = [outcome.reasons[0] for outcome in found] + list(unread.values())
+        raise ValueError(
+            f"source.rows={source.rows}: no task holds, of {len(reasons)}: {reasons[0] if reasons else ''}"
+        )
+    pack.lines(to / "provenance.jsonl", (dict(outcome.facts) for outcome in kept))
+    (to / "report.json").write_text(json.dumps(said, indent=1) + "\n")
+    tasks.write(to, [outcome.mined for outcome in kept])
+    test = sum(outcome.mined.task.split == "test" for outcome in kept)
+    return _numbers(len(kept), curate.refusals(said)) | {"test": float(test)}
+
+
 async def _holding(
     made: Sequence[Injected], box: config.Sandbox, *, runs: int, facts: dict[str, Any]
 ) -> list[Injected]:
@@ -145,13 +184,17 @@ def _forget(left_out: Sequence[Injected]) -> None:
         shutil.rmtree(one.mined.task.image)
 
 
-def check(cfg: config.Pack, box: config.Sandbox, *, path: Path) -> dict[str, float]:
-    """Prove every task of an existing pack again, but those in quarantine.
+def check(
+    cfg: config.Pack, box: config.Sandbox, *, path: Path, source: config.Source | None = None
+) -> dict[str, float]:
+    """Prove every task of an existing pack again, but those in quarantine; images that are not there are pulled first.
 
     With cfg.quarantine those that do not hold are put there; without, they are a ValueError of one line.
     """
     suite = tasks.load(config.Tasks(path=str(path), split="all"))
     _ready(box)
+    if box.backend == "docker":
+        asyncio.run(curate.fetch({task.image for task in suite}, source or config.Source()))
     answers = grade.answers_of(path)
 
     async def prove(task: Task) -> list[str]:
@@ -195,6 +238,9 @@ def _settings(cfg: config.Pack, source: config.Source, seed: int) -> dict[str, A
     """What a pack's bytes depend on."""
     if source.kind == "inject":
         return {f"source.{key}": value for key, value in config.section(source).items() if key != "fetch_s"}
+    if source.kind == "rows":
+        of_rows = ("kind", "rows", "limit", "images", "mirror", "push", "seed", "held_out")
+        return {f"source.{key}": config.section(source)[key] for key in of_rows} | {"pack.runs": cfg.runs}
     made = {
         f"pack.{key}": value for key, value in config.section(cfg).items() if key not in ("check", "runs", "quarantine")
     }

@@ -135,14 +135,20 @@ def _sweep(place: Path) -> None:
 # Images
 
 
-def image_of(directory: str | Path, workdir: str = "/testbed") -> str:
-    """An image of the engine in DOCKER_HOST whose working directory holds what `directory` does."""
+def image_of(directory: str | Path, workdir: str = "/testbed", *, outside: str | Path | None = None) -> str:
+    """An image of the engine in DOCKER_HOST whose working directory holds what `directory` does.
+
+    What `outside` holds lies in its root.
+    """
     import docker
 
-    dockerfile = f"FROM {_base()}\nCOPY tree {workdir}\nWORKDIR {workdir}\nSTOPSIGNAL SIGKILL\n".encode()
+    more = "COPY outside /\n" if outside else ""
+    dockerfile = f"FROM {_base()}\n{more}COPY tree {workdir}\nWORKDIR {workdir}\nSTOPSIGNAL SIGKILL\n".encode()
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as archive:
         archive.add(directory, "tree")
+        if outside:
+            archive.add(outside, "outside")
         header = tarfile.TarInfo("Dockerfile")
         header.size = len(dockerfile)
         archive.addfile(header, io.BytesIO(dockerfile))

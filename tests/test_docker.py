@@ -378,9 +378,9 @@ def test_reaping_removes_what_a_killed_owner_left_and_nothing_else(image):
     spec = SandboxSpec(image)
     made = {
         "foreign": {"other.owner": "x"},
-        "late": backend._labels(spec, -1000),
-        "never started": backend._labels(spec, 1000),
-        "another machine's": backend._labels(spec, 1000) | {"entropo.host": "x", "entropo.owner": "1-2-3"},
+        "late": backend.labels_of(spec, -1000),
+        "never started": backend.labels_of(spec, 1000),
+        "another machine's": backend.labels_of(spec, 1000) | {"entropo.host": "x", "entropo.owner": "1-2-3"},
     }
     boxes = {name: client.containers.create(image, ["true"], labels=labels) for name, labels in made.items()}
     try:
@@ -426,7 +426,7 @@ def test_what_the_engine_says_becomes_the_right_error(image):
     from docker import errors
 
     def raised(error, **how):
-        with pytest.raises(SandboxError) as caught, backend._asking("x", **how):
+        with pytest.raises(SandboxError) as caught, backend.asking("x", **how):
             raise error
         return type(caught.value)
 

@@ -18,7 +18,7 @@ PACKAGE = HERE / "entropo_ray"
 FLOORS = [
     ["records", "config"],
     ["tasks", "sandbox", "chat", "store", "preference", "select", "observe", "patches", "page"],
-    ["agent", "grade", "grade_inside", "official", "factory", "factory_inside"],
+    ["agent", "grade", "grade_inside", "official", "factory", "factory_inside", "curate"],
     ["rollout", "train", "verify", "ingest", "diversity"],
     ["evaluate", "report", "doctor", "bench", "comparison"],
     ["compare"],
@@ -39,7 +39,7 @@ DOORS = {
     "trl": {"bench"},
     "vllm": {"rollout.engine"},
     "swebench": {"evaluate", "tasks.rows", "tasks.scripted"},
-    "docker": {"sandbox.docker"},
+    "docker": {"sandbox.docker", "sandbox.images"},
     "kubernetes": {"sandbox.kubernetes"},
     "entropo_ray.records.Answer": {"tasks", "grade"},
 }

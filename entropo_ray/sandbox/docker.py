@@ -117,7 +117,7 @@ class Image:
 
 
 @contextlib.contextmanager
-def _asking(what: str, *, missing: type[SandboxError] = SandboxLost) -> Iterator[None]:
+def asking(what: str, *, missing: type[SandboxError] = SandboxLost) -> Iterator[None]:
     """Trouble of the engine as trouble of ours."""
     from docker import errors
 
@@ -147,7 +147,7 @@ class Engine:
         import docker
 
         self.owner = os.getpid()
-        with _asking("looking for a Docker engine (DOCKER_HOST names it, else the default socket)"):
+        with asking("looking for a Docker engine (DOCKER_HOST names it, else the default socket)"):
             self.client = docker.from_env(timeout=int(_ANSWER_S), max_pool_size=64)
             self.client.ping()
         address = self.client.api.base_url
@@ -159,7 +159,7 @@ class Engine:
             self.reap()
 
     def image(self, spec: SandboxSpec) -> Image:
-        with _asking(f"image {spec.image}", missing=ImageMissing):
+        with asking(f"image {spec.image}", missing=ImageMissing):
             facts = self._found(spec.image).attrs
         configured = facts.get("Config") or {}
         variables = dict(word.partition("=")[::2] for word in configured.get("Env") or ())
@@ -190,8 +190,8 @@ class Engine:
     def _fetch(self, image: Image, spec: SandboxSpec) -> Seed:
         from docker import errors
 
-        labels = _labels(replace(spec, labels={**spec.labels, "role": "seed"}), _FILL_S)
-        with _asking(f"work directory of image {spec.image}"), tempfile.TemporaryFile() as file:
+        labels = labels_of(replace(spec, labels={**spec.labels, "role": "seed"}), _FILL_S)
+        with asking(f"work directory of image {spec.image}"), tempfile.TemporaryFile() as file:
             source = self.client.containers.create(image.id, command=["true"], network_mode="none", labels=labels)
             try:
                 stream, _ = self.client.api.get_archive(source.id, f"{spec.workdir}/.")
@@ -238,7 +238,7 @@ class Engine:
         if life_s <= 0:
             raise SandboxLost(f"{name}: its life is over")
         try:
-            with _asking(f"creating {name}", missing=ImageMissing):
+            with asking(f"creating {name}", missing=ImageMissing):
                 self.client.containers.create(name=name, **settings)
                 self.client.api.start(name)
         except BaseException:
@@ -250,7 +250,7 @@ class Engine:
         """Start a command as the agent; its connection and its key."""
         api = self.client.api
         how = {"stdin": True, "stderr": False, "user": f"{AGENT}:{AGENT}", "environment": dict(env), "workdir": "/"}
-        with _asking(name):
+        with asking(name):
             key = api.exec_create(name, list(words), **how)["Id"]
             stream = api.exec_start(key, socket=True)
             connection = socket.socket(fileno=os.dup(stream.fileno()))
@@ -259,30 +259,30 @@ class Engine:
 
     def exit_code(self, name: str, key: str) -> int | None:
         """None as long as the command runs."""
-        with _asking(name):
+        with asking(name):
             facts = self.client.api.exec_inspect(key)
         return None if facts["Running"] else facts["ExitCode"]
 
     def running(self, name: str) -> bool:
         try:
-            with _asking(name):
+            with asking(name):
                 return bool(self.client.api.inspect_container(name)["State"]["Running"])
         except SandboxLost:
             return False
 
     def kill_all(self, name: str) -> None:
         """Have the first process kill all others."""
-        with _asking(name):
+        with asking(name):
             self.client.api.kill(name, "SIGUSR1")
 
     def remove(self, name: str) -> None:
         """Idempotent, never raises: what stays is labelled, and its deadline passes."""
-        with contextlib.suppress(SandboxError), _asking(f"removing {name}"):
+        with contextlib.suppress(SandboxError), asking(f"removing {name}"):
             self.client.api.remove_container(name, force=True, v=True)
 
     def reap(self) -> int:
         """Remove containers of ours whose owner is dead or whose deadline is past; their number."""
-        with _asking("looking for left containers"):
+        with asking("looking for left containers"):
             found = self.client.api.containers(all=True, filters={"label": "entropo.owner"})
         left = [container["Id"] for container in found if not _in_use(container["Labels"])]
         for name in left:
@@ -309,7 +309,7 @@ def _host() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _labels(spec: SandboxSpec, life_s: float) -> dict[str, str]:
+def labels_of(spec: SandboxSpec, life_s: float) -> dict[str, str]:
     """What a container is known by from the moment of its creation."""
     given = {f"entropo.{key}": value for key, value in spec.labels.items()}
     ours = {"entropo.owner": cgroup.label(os.getpid()), "entropo.host": _host()}
@@ -343,7 +343,7 @@ def _settings(spec: SandboxSpec, image: Image, more: Seed, places: Mapping[str, 
     return {
         "image": image.id,
         "entrypoint": ["bash", "-c", _KEEP, "bash", f"{life_s:.3f}", _KEEPER],
-        "labels": _labels(spec, life_s),
+        "labels": labels_of(spec, life_s),
         "user": f"{AGENT}:{AGENT}",
         "working_dir": "/",
         "hostname": "sandbox",
@@ -412,7 +412,7 @@ def reap() -> int:
 def probe() -> list[str]:
     """What this engine lacks, one sentence each."""
     try:
-        with _asking("facts of the engine"):
+        with asking("facts of the engine"):
             facts = engine().client.info()
     except SandboxError as error:
         return [f"docker: {error}"]

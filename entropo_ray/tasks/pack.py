@@ -49,6 +49,24 @@ class Quarantined:
     when: str  # UTC
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ruling:
+    """What trying a task of a public data set said."""
+
+    reasons: tuple[str, ...] = ()  # to refuse it, as `name: what was seen`
+    unstable: tuple[str, ...] = ()  # tests that are not to be asked for
+    visible: tuple[str, ...] = ()  # tests that pass on the untouched checkout
+
+
+def without(answer: Answer, unstable: Iterable[str]) -> Answer:
+    """An answer that does not ask for some tests."""
+    gone = set(unstable)
+    passing, failing = (
+        tuple(t for t in tests if t not in gone) for tests in (answer.pass_to_pass, answer.expected_failures)
+    )
+    return dataclasses.replace(answer, pass_to_pass=passing, expected_failures=failing)
+
+
 def repository(to: Path, task_id: str) -> Path:
     """Where the repository of a task lies in a pack; absolute."""
     return _absolute(to) / _REPOS / task_id

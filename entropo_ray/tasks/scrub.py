@@ -86,9 +86,11 @@ def scrub(repo: Path, *, base: str = "HEAD", patch: str = "", deadline_s: float 
         fresh.run("update-ref", "refs/heads/main", commit)
         for path in set(tracked) - set(fresh.paths("ls-tree", "-r", "-z", "--name-only", tree)):
             _remove_inside(repo, os.fsdecode(path))
+        fresh.run("read-tree", commit)
+        fresh.start("update-index", "-q", "--refresh")  # equal files stay: a build that is newer than they must not age
         fresh.run("reset", "--quiet", "--hard")
         for name in ("logs", "ORIG_HEAD"):
-            _remove(new / name)
+            remove(new / name)
         old = Path(aside, "old")
         (repo / ".git").rename(old)
         new.rename(repo / ".git")
@@ -147,7 +149,7 @@ def _tidy(repo: Path, tracked: set[bytes]) -> None:
 
     for path, name in list(_walk(repo)):
         if left_over(path, name):
-            _remove(path)
+            remove(path)
 
 
 def _check(git: _Git, commit: str, tree: str) -> None:
@@ -308,6 +310,19 @@ def _name(test: str) -> str:
     return test.rpartition("::")[2].partition("[")[0].partition(" (")[0].strip()
 
 
+def known(repo: Path, tests: Iterable[str], *, deadline_s: float = _DEADLINE_S) -> set[str]:
+    """Those of the tests whose names stand in tracked files of the checkout at `repo`, which make no secret of them."""
+    found: dict[str, list[str]] = {}
+    for test in tests:
+        found.setdefault(_name(test), []).append(test)
+    found.pop("", None)
+    if not found:
+        return set()
+    done = _Git(repo, deadline_s).start("grep", "-ohwF", "-f", "-", "HEAD", stdin="\n".join(found).encode())
+    names = set(done.stdout.decode(errors="replace").splitlines())
+    return {test for name in names & set(found) for test in found[name]}
+
+
 # Files
 
 
@@ -336,10 +351,10 @@ def _is_installed(inside: Path) -> bool:
 def _remove_inside(repo: Path, path: str) -> None:
     """Remove a file of the checkout, unless a folder on the way to it has become a link."""
     if (repo / path).parent.resolve() == repo.resolve() / Path(path).parent:
-        _remove(repo / path)
+        remove(repo / path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
