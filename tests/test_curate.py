@@ -7,16 +7,21 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import engine
 import pytest
+import registry
 from test_rows import R2EGYM, SWEBENCH, SWESMITH
 from test_scrub import commit, git, put
 
 from entropo_ray import config, curate, grade, ingest
 from entropo_ray.sandbox import BackendDown, SandboxSpec, limits, open_sandbox
-from entropo_ray.tasks import diffs, pack
+from entropo_ray.sandbox import docker as backend
+from entropo_ray.sandbox import images as shelves
+from entropo_ray.tasks import diffs, pack, rows
+from entropo_ray.tasks.pack import Ruling
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("docker_host")]
 HERE = Path(__file__).resolve().parent.parent
@@ -54,6 +59,17 @@ def home(tmp_path_factory):
     (home / "x.egg-info/PKG-INFO").chmod(0o600)
     os.utime(home / "run.sh", (10**9, 10**9))
     return home, base, fixed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidy(docker_host):
+    """No prepared image stays in an engine that is not the tests' own."""
+    client = backend.engine().client
+    before = {image.id for image in client.images.list("entropo-prepared")}
+    yield
+    for image in client.images.list("entropo-prepared"):
+        if image.id not in before:
+            client.images.remove(image.id, force=True)
 
 
 def swebench(home, *, key="owner__name-1", **more):
@@ -228,7 +244,7 @@ def test_an_interrupted_run_goes_on_where_it_was(home, tmp_path, docker_host, mo
     async def settled(task, *rest, **more):
         asked.append(task.id)
         if len(asked) == 2:
-            while not (tmp_path / ".pack.journal").is_file():
+            while not (tmp_path / ".pack.journal").is_file():  # noqa: ASYNC110 - no event tells of a file
                 await asyncio.sleep(0.1)
             raise BackendDown("the engine is gone")
         return await settle(task, *rest, **more)
@@ -257,3 +273,53 @@ def test_the_job_makes_a_pack_of_rows(home, tmp_path, docker_host):
     assert done.returncode == 0, done.stderr
     assert "tasks 1  refused 0  test 1" in done.stdout
     assert len(pack.tasks(tmp_path / "pack")) == 1
+
+
+def bare(home, tmp_path, name):
+    """An image of the repository alone: nothing in it could run."""
+    with tarfile.open(tmp_path / "image.tar", "w") as archive:
+        archive.add(home, "testbed")
+    repository, _, tag = name.rpartition(":")
+    backend.engine().client.api.import_image(src=str(tmp_path / "image.tar"), repository=repository, tag=tag)
+
+
+async def good(m):
+    return Ruling()
+
+
+def test_images_come_from_a_busy_registry_and_go_to_one_for_other_nodes(home, tmp_path, docker_host, monkeypatch):
+    monkeypatch.setattr(curate, "_PAUSE_S", 0.05)
+    shelf = shelves.shelf()
+    with registry.running() as remote:
+        there = f"{remote.address}/owner/raw:1"
+        bare(home[0], tmp_path, there)
+        shelf.push(there, within_s=60)
+        shelf.remove(there)
+        (tmp_path / "rows.json").write_text(json.dumps([swebench(home, image="owner/raw:1")]))
+        mined = rows.read(tmp_path / "rows.json", images=rows.Images(mirror=remote.address))
+        push = f"{remote.address}/tasks"
+        source = config.Source(kind="rows", mirror=remote.address, push=push, pull_tries=4, pull_s=60)
+        remote.busy = 3
+        journal = curate.Journal(tmp_path / "journal")
+        (outcome,) = asyncio.run(curate.Curator(source, journal, good, version="1").curate(mined))
+        assert outcome.reasons == ()
+        name = outcome.mined.task.image
+        assert name.startswith(f"{push}/entropo-prepared:")
+        shelf.remove(name)  # as on another node
+        assert shelf.labels(name) == {}
+        asyncio.run(curate.fetch({name}, source))
+        assert shelf.labels(name)["entropo.replaced"] == home[1]
+        shelf.remove(name)
+        shelf.remove(there)
+        remote.busy = 9
+        (outcome,) = asyncio.run(
+            curate.Curator(source, curate.Journal(tmp_path / "other"), good, version="1").curate(mined)
+        )
+        assert outcome.reasons[0].startswith(f"no_image: pull of {there}: ")
+        assert outcome.reasons[0].endswith("(4 tries)")
+        remote.busy = 0
+        remote.manifests.clear()
+        (outcome,) = asyncio.run(
+            curate.Curator(source, curate.Journal(tmp_path / "other"), good, version="1").curate(mined)
+        )
+        assert "tries" not in outcome.reasons[0], "asking for what is not there again does not help"
