@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import random
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -29,11 +31,13 @@ from typing import IO, Any
 from entropo_ray import config, observe
 from entropo_ray.records import to_row
 from entropo_ray.sandbox import BackendDown, ImageMissing, SandboxError, images
+from entropo_ray.sandbox.container import threaded
 from entropo_ray.tasks import pack, scripts, scrub, trees
 from entropo_ray.tasks.pack import Mined, Ruling
 from entropo_ray.tasks.scrub import Scrubbed
 
 Prove = Callable[[Mined], Awaitable[Ruling]]
+Ask = Callable[[float, threading.Event], None]  # within seconds, until the event
 
 _VERSION = "1"  # of the way from an image to a prepared one: raise it when the result could differ
 _NAME = "entropo-prepared"
@@ -209,7 +213,7 @@ class Curator:
                 continue
             if not ruling.reasons and self._source.push:
                 try:
-                    await again(lambda s: images.shelf().push(m.task.image, within_s=s), self._source)
+                    await again(lambda s, cut: images.shelf().push(m.task.image, within_s=s, cut=cut), self._source)
                 except SandboxError as error:
                     return {m.task.id: f"not_pushed: {error}"}
             self._journal.put(
@@ -232,7 +236,7 @@ async def present(name: str, source: config.Source) -> str:
     try:
         return str((await asyncio.to_thread(shelf.facts, name))["Id"])
     except ImageMissing:
-        await again(lambda s: shelf.pull(name, within_s=s), source)
+        await again(lambda s, cut: shelf.pull(name, within_s=s, cut=cut), source)
         return str((await asyncio.to_thread(shelf.facts, name))["Id"])
 
 
@@ -247,12 +251,13 @@ async def fetch(names: Iterable[str], source: config.Source) -> None:
     await asyncio.gather(*map(one, sorted(names)))
 
 
-async def again(ask: Callable[[float], None], source: config.Source) -> None:
+async def again(ask: Ask, source: config.Source) -> None:
     """Ask a registry with pauses, until it answers, time or tries are up, or asking does not help."""
     end = time.monotonic() + source.pull_s
     for number in range(source.pull_tries):
         try:
-            return await asyncio.to_thread(ask, end - time.monotonic())
+            cut = threading.Event()
+            return await threaded(functools.partial(ask, end - time.monotonic(), cut), cut)
         except (ImageMissing, BackendDown):
             raise
         except SandboxError as error:

@@ -139,8 +139,7 @@ async def _rows(
     unread: dict[str, str] = {}
     names = rows.Images(templates=source.images, mirror=source.mirror)
     mined = rows.read(source.rows, images=names, held_out=source.held_out, seed=source.seed, refused=unread)
-    mined = mined[: source.limit]
-    rows.check_parsers(mined)
+    mined = _parsed(mined[: source.limit], unread)
 
     async def prove(m: pack.Mined) -> pack.Ruling:
         return await grade.settle(m.task, m.answer, box, runs=cfg.runs)
@@ -159,6 +158,16 @@ async def _rows(
     tasks.write(to, [outcome.mined for outcome in kept])
     test = sum(outcome.mined.task.split == "test" for outcome in kept)
     return _numbers(len(kept), curate.refusals(said)) | {"test": float(test)}
+
+
+def _parsed(mined: Sequence[pack.Mined], unread: dict[str, str]) -> list[pack.Mined]:
+    """Those whose log can be read."""
+    for m in mined:
+        try:
+            rows.check_parsers([m])
+        except ValueError as error:
+            unread[m.task.id] = str(error)
+    return [m for m in mined if m.task.id not in unread]
 
 
 async def _holding(
@@ -194,7 +203,10 @@ def check(
     suite = tasks.load(config.Tasks(path=str(path), split="all"))
     _ready(box)
     if box.backend == "docker":
-        asyncio.run(curate.fetch({task.image for task in suite}, source or config.Source()))
+        try:
+            asyncio.run(curate.fetch({task.image for task in suite}, source or config.Source()))
+        except SandboxError as error:
+            raise ValueError(f"tasks.path={path}: {error}; push its images (source.push), or make it here") from error
     answers = grade.answers_of(path)
 
     async def prove(task: Task) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import engine
@@ -206,6 +208,8 @@ def test_a_row_of_swebench_5_becomes_a_task_that_tells_nothing(home, tmp_path, d
     assert "nowhere.invalid" in said["refused"]["no_image"]["owner__name-3"]
     assert TOKEN not in (path / "tasks.jsonl").read_text() + (path / "provenance.jsonl").read_text()
     assert not list(tmp_path.glob(".pack*"))
+    # a container that someone else makes of the image must not be taken for one of our dead
+    assert backend._in_use(shelves.shelf().labels(task.image))
     assert ingest.check(PACK, BOX, path=path)["tasks"] == 1
 
 
@@ -263,16 +267,28 @@ def test_an_interrupted_run_goes_on_where_it_was(home, tmp_path, docker_host, mo
     assert not (tmp_path / ".pack.journal").exists()
 
 
-def test_the_job_makes_a_pack_of_rows(home, tmp_path, docker_host):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(swebench(home)) + "\n")
-    words = ["conf/rows.yaml", f"source.rows={tmp_path}/rows.jsonl", f"tasks.path={tmp_path}/pack", "pack.runs=1"]
-    words += ["source.held_out=0", "rollout.sandbox.memory_mb=512", "rollout.sandbox.disk_mb=64", "source.push="]
+def test_the_job_makes_a_pack_of_rows_though_it_is_interrupted(home, tmp_path, docker_host):
+    quick, slow = swebench(home), swebench(home, key="owner__name-2")
+    slow["eval_script"] = slow["eval_script"].replace(COMMAND, f"sleep 5; {COMMAND}")
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(quick)}\n{json.dumps(slow)}\n")
+    words = ["conf/rows.yaml", f"source.rows={tmp_path}/rows.jsonl", f"tasks.path={tmp_path}/pack"]
+    words += ["pack.runs=1", "source.held_out=0", "rollout.sandbox.memory_mb=512", "rollout.sandbox.disk_mb=64"]
     command = [sys.executable, str(HERE / "jobs/pack.py"), *words]
-    env = {**os.environ, "PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=200, check=False)
+    how = {"cwd": HERE, "env": {**os.environ, "PYTHONPATH": str(HERE)}, "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) as first:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / ".pack.journal").is_file() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        first.send_signal(signal.SIGINT)
+        _, said = first.communicate(timeout=60)
+    assert (first.returncode, said.splitlines()[-1][:11]) == (130, "interrupted"), said
+    assert len((tmp_path / ".pack.journal").read_text().split("\n\n")) == 1
+    done = subprocess.run(command, capture_output=True, timeout=200, check=False, **how)
     assert done.returncode == 0, done.stderr
-    assert "tasks 1  refused 0  test 1" in done.stdout
-    assert len(pack.tasks(tmp_path / "pack")) == 1
+    assert "tasks 2  refused 0  test 2" in done.stdout
+    assert len(pack.tasks(tmp_path / "pack")) == 2
+    found = backend.engine().client.containers.list(all=True, filters={"label": "entropo.role"})
+    assert found == [], "a sandbox outlived the interrupted job"
 
 
 def bare(home, tmp_path, name):

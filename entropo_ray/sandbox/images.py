@@ -12,6 +12,7 @@ import json
 import os
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
@@ -57,20 +58,20 @@ class Shelf:
         except ImageMissing:
             return {}
 
-    def pull(self, reference: str, *, within_s: float) -> None:
-        """Ask a registry once. ImageMissing where asking again does not help, else SandboxError."""
-        self._exchange("pull", reference, within_s)
+    def pull(self, reference: str, *, within_s: float, cut: threading.Event | None = None) -> None:
+        """Ask a registry once, until `cut`. ImageMissing where asking again does not help, else SandboxError."""
+        self._exchange("pull", reference, within_s, cut)
 
-    def push(self, reference: str, *, within_s: float) -> None:
+    def push(self, reference: str, *, within_s: float, cut: threading.Event | None = None) -> None:
         """Give an image to the registry that its name says. Errors as of `pull`."""
-        self._exchange("push", reference, within_s)
+        self._exchange("push", reference, within_s, cut)
 
-    def _exchange(self, how: str, reference: str, within_s: float) -> None:
+    def _exchange(self, how: str, reference: str, within_s: float, cut: threading.Event | None) -> None:
         what = f"{how} of {reference}"
         ask = self._client.api.pull if how == "pull" else self._client.api.push
         try:
             with asking(what, missing=ImageMissing):
-                _followed(ask(reference, stream=True, decode=True), what, within_s)
+                _followed(ask(reference, stream=True, decode=True), what, within_s, cut)
         except SandboxError as error:
             if any(words in str(error).lower() for words in _HOPELESS):
                 raise ImageMissing(str(error)) from error
@@ -175,12 +176,14 @@ def _own_labels(image: str) -> dict[str, str]:
     return labels_of(SandboxSpec(image, labels={"role": "image"}), _LIFE_S)
 
 
-def _followed(events: Iterator[Mapping[str, Any]], what: str, within_s: float) -> None:
+def _followed(events: Iterator[Mapping[str, Any]], what: str, within_s: float, cut: threading.Event | None) -> None:
     """The end of what the engine tells line by line; an error is a line, too."""
     end = time.monotonic() + within_s
     for event in events:
         if said := event.get("error"):
             raise SandboxError(f"{what}: {' '.join(said.split())[:300]}")
+        if cut is not None and cut.is_set():
+            raise SandboxError(f"{what}: interrupted")
         if time.monotonic() > end:
             raise SandboxError(f"{what}: waited {within_s:.0f} s for it")
 

@@ -24,6 +24,13 @@ def unpack(archive: IO[bytes], to: Path) -> dict[str, tarfile.TarInfo]:
 
     The owner may read and write all of it, whatever its modes. ValueError for what has no place in a work tree.
     """
+    try:
+        return _unpack(archive, to)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError, tarfile.TarError) as error:
+        raise ValueError(f"the archive of the work directory contradicts itself: {error}") from error
+
+
+def _unpack(archive: IO[bytes], to: Path) -> dict[str, tarfile.TarInfo]:
     entries: dict[str, tarfile.TarInfo] = {}
     later: list[tuple[Path, tarfile.TarInfo]] = []
     to.mkdir()
