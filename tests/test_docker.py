@@ -28,6 +28,7 @@ from entropo_ray.sandbox import (
     SandboxLost,
     SandboxSpec,
     cgroup,
+    marks,
     open_sandbox,
     probe,
     reap,
@@ -378,9 +379,9 @@ def test_reaping_removes_what_a_killed_owner_left_and_nothing_else(image):
     spec = SandboxSpec(image)
     made = {
         "foreign": {"other.owner": "x"},
-        "late": backend.labels_of(spec, -1000),
-        "never started": backend.labels_of(spec, 1000),
-        "another machine's": backend.labels_of(spec, 1000) | {"entropo.host": "x", "entropo.owner": "1-2-3"},
+        "late": marks.labels(spec, -1000),
+        "never started": marks.labels(spec, 1000),
+        "another machine's": marks.labels(spec, 1000) | {"entropo.host": "x", "entropo.owner": "1-2-3"},
     }
     boxes = {name: client.containers.create(image, ["true"], labels=labels) for name, labels in made.items()}
     try:

@@ -1,8 +1,7 @@
-"""The connection to one command of a Docker engine: its input goes in and its output comes out, both at once.
+"""The connection to one command in a container: its input goes in and its output comes out, both at once.
 
-Output comes in frames (a byte that names the stream, three of nothing, a length, the bytes). A script says READY once
-it has read the line that we send first: what comes before is the engine's complaint, not the command's output, and no
-byte can arrive before we listen.
+A script says READY once it has read the line that we send first: what comes before is the engine's complaint, not the
+command's output, and no byte can arrive before we listen.
 """
 
 from __future__ import annotations
@@ -10,9 +9,11 @@ from __future__ import annotations
 import mmap
 import select
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 
 GATE = "read -r _ || exit 125\nprintf +\n"  # what every script begins with
 READY = b"+"
@@ -22,16 +23,18 @@ Sink = Callable[[bytes], object]
 _CHUNK = 1 << 18
 _LOOK_S = 0.25  # how soon a cut is seen
 _HEADER = 8
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class Attached:
-    """Owns the connection. Setting `cut`, from any thread, is as if the time were up."""
+class Connection(ABC):
+    """Owns the socket. Setting `cut`, from any thread, is as if the time were up."""
 
-    def __init__(self, connection: socket.socket, source: Source, sink: Sink, cut: threading.Event) -> None:
+    def __init__(
+        self, connection: socket.socket, source: Source, sink: Sink, cut: threading.Event, first: bytes = b"\n"
+    ) -> None:
         self._connection, self._source, self._sink, self._cut = connection, source, sink, cut
-        self._unsent: bytes | None = b"\n"  # None: our side is closed
+        self._unsent: bytes | None = self._wrapped(first)  # None: our side is closed
         self._next = 0  # of the source
-        self._frames = bytearray()
         self._over = False
         self.complaint = b""
         self.asked, self.began = time.monotonic(), 0.0
@@ -63,12 +66,10 @@ class Attached:
             assert self._unsent is not None
             self._unsent = self._unsent[self._connection.send(self._unsent) :]
             if not self._unsent:
-                self._unsent = bytes(self._source[self._next : self._next + _CHUNK])
-                self._next += len(self._unsent)
-            if not self._unsent:
-                self._unsent = None
-                self._connection.shutdown(socket.SHUT_WR)
-        except BlockingIOError:
+                chunk = bytes(self._source[self._next : self._next + _CHUNK])
+                self._next += len(chunk)
+                self._unsent = self._wrapped(chunk) if chunk else self._input_ended()
+        except _NOT_NOW:
             return
         except OSError:  # it reads no more, which is its own affair
             self._unsent = None
@@ -76,21 +77,25 @@ class Attached:
     def _receive(self) -> None:
         try:
             data = self._connection.recv(_CHUNK)
-        except BlockingIOError:
+        except _NOT_NOW:
             return
         except OSError:
             data = b""
-        self._over = not data
-        self._frames += data
-        start, held = 0, len(self._frames)
-        while held - start >= _HEADER:
-            size = int.from_bytes(self._frames[start + 4 : start + _HEADER], "big")
-            if held - start - _HEADER < size:
-                break
-            start += _HEADER
-            self._take(bytes(self._frames[start : start + size]))
-            start += size
-        del self._frames[:start]
+        self._over |= not data
+        for payload in self._payloads(data):
+            self._take(payload)
+
+    @abstractmethod
+    def _wrapped(self, data: bytes) -> bytes:
+        """Input as it goes over the wire."""
+
+    @abstractmethod
+    def _input_ended(self) -> None:
+        """Tell the command so."""
+
+    @abstractmethod
+    def _payloads(self, data: bytes) -> Iterator[bytes]:
+        """The output that these bytes complete."""
 
     def _take(self, payload: bytes) -> None:
         if self.began:
@@ -100,3 +105,35 @@ class Attached:
             self._sink(payload[len(READY) :])
         else:
             self.complaint += payload[:1000]
+
+
+class Attached(Connection):
+    """To a Docker engine.
+
+    Output comes in frames: a byte that names the stream, three of nothing, a length, the bytes.
+    """
+
+    def __init__(
+        self, connection: socket.socket, source: Source, sink: Sink, cut: threading.Event, key: str = ""
+    ) -> None:
+        super().__init__(connection, source, sink, cut)
+        self.key = key  # by which the engine knows the command
+        self._frames = bytearray()
+
+    def _wrapped(self, data: bytes) -> bytes:
+        return data
+
+    def _input_ended(self) -> None:
+        self._connection.shutdown(socket.SHUT_WR)
+
+    def _payloads(self, data: bytes) -> Iterator[bytes]:
+        self._frames += data
+        start, held = 0, len(self._frames)
+        while held - start >= _HEADER:
+            size = int.from_bytes(self._frames[start + 4 : start + _HEADER], "big")
+            if held - start - _HEADER < size:
+                break
+            start += _HEADER
+            yield bytes(self._frames[start : start + size])
+            start += size
+        del self._frames[:start]

@@ -1,4 +1,4 @@
-"""A Docker sandbox as the contract wants it: what blocks runs in threads; trees cross from container to container."""
+"""A sandbox of containers as the contract wants it: what blocks runs in threads; trees cross from one to another."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from entropo_ray.sandbox import ExecResult, Patch, SandboxLost, SandboxSpec, patch
-from entropo_ray.sandbox.attached import GATE
+from entropo_ray.sandbox.attached import GATE, Connection
 from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.output import Capture
 from entropo_ray.sandbox.words import unspeakable
 
-if TYPE_CHECKING:
-    from entropo_ray.sandbox.docker import Engine
-
 T = TypeVar("T")
+C = TypeVar("C", bound=Connection)
 
 _WORD_BYTES, _WORDS_BYTES = (128 << 10) - 1, 1 << 20  # the kernel's bounds of one argument, and (half) of all
 _TREE = "/tmp/tree"  # in a clean container
@@ -66,7 +64,7 @@ tar -xpf - && mv "$1.part" "$1"
 @functools.cache
 def _threads(process: int) -> ThreadPoolExecutor:
     """Of one process, for a fork has none of them; each mostly waits for one command."""
-    return ThreadPoolExecutor(256, thread_name_prefix=f"docker-{process}")
+    return ThreadPoolExecutor(256, thread_name_prefix=f"sandbox-{process}")
 
 
 async def threaded(work: Callable[[], T], cut: threading.Event | None = None) -> T:
@@ -83,27 +81,38 @@ async def threaded(work: Callable[[], T], cut: threading.Event | None = None) ->
         raise
 
 
-class Docker:
+class Maker(Protocol[C]):
+    """What makes containers; its methods block, as long as `cut` is not set, and raise SandboxError."""
+
+    def agents(self, spec: SandboxSpec, life_s: float, cut: threading.Event) -> Machine[C]:
+        """A container with the image's work directory in it, the agent's to change."""
+
+    def clean(self, spec: SandboxSpec, cut: threading.Event) -> Machine[C]:
+        """A container with room for a copy of a work tree and the objects of its changes."""
+
+
+class Container(Generic[C]):
     """One sandbox; see Sandbox for what its methods promise."""
 
-    def __init__(self, engine: Engine, spec: SandboxSpec) -> None:
-        self._engine, self._spec = engine, spec
+    def __init__(self, maker: Maker[C], spec: SandboxSpec) -> None:
+        self._maker, self._spec = maker, spec
         self._until = time.monotonic() + spec.limits.life_s
         self._turn = asyncio.Lock()
-        self._machine: Machine | None = None
+        self._machine: Machine[C] | None = None
         self._closed = False
 
     async def open(self) -> None:
-        await threaded(self._open)
+        cut = threading.Event()
+        await threaded(functools.partial(self._open, cut), cut)
 
-    def _open(self) -> None:
-        before, self._machine = self._machine, self._engine.agents(self._spec, self._until - time.monotonic())
+    def _open(self, cut: threading.Event) -> None:
+        before, self._machine = self._machine, self._maker.agents(self._spec, self._until - time.monotonic(), cut)
         if before is not None:
             before.remove()
         if self._closed:  # by someone who did not wait
             self._machine.remove()
 
-    def _running(self) -> Machine:
+    def _running(self) -> Machine[C]:
         if self._machine is None or self._closed:
             raise SandboxLost("the sandbox was closed")
         return self._machine
@@ -166,14 +175,15 @@ class Docker:
     async def extract_patch(self) -> Patch:
         """In a container of its own, made of the image: nothing of ours runs git where the agent was."""
         async with self._turn:
-            clean = await threaded(functools.partial(self._engine.clean, self._spec))
+            cut = threading.Event()
+            clean = await threaded(functools.partial(self._maker.clean, self._spec, cut), cut)
             try:
                 await threaded(functools.partial(self._copy_tree, self._running(), clean))
                 return await patch.extract(functools.partial(self._run_clean, clean))
             finally:
                 await asyncio.shield(threaded(clean.remove))
 
-    def _copy_tree(self, machine: Machine, clean: Machine) -> None:
+    def _copy_tree(self, machine: Machine[C], clean: Machine[C]) -> None:
         """A tree that cannot be copied is not there, and so unreadable."""
         wait_s = self._spec.limits.exec_s
         with tempfile.TemporaryFile() as file:
@@ -182,7 +192,7 @@ class Docker:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tree:
                     clean.script(_UNPACK, _TREE, timeout_s=wait_s, source=tree)
 
-    async def _run_clean(self, clean: Machine, script: str, stdin: bytes, output_bytes: int) -> ExecResult:
+    async def _run_clean(self, clean: Machine[C], script: str, stdin: bytes, output_bytes: int) -> ExecResult:
         scratch = f"/tmp/{uuid.uuid4().hex}"
         env = {"TREE": _TREE, "IMAGE": self._spec.workdir, "SCRATCH": scratch, "HOME": "/nonexistent"}
         run = functools.partial(
@@ -200,7 +210,7 @@ class Docker:
     async def reset(self) -> None:
         async with self._turn:
             self._running()
-            await threaded(self._open)
+            await self.open()
 
     async def close(self) -> None:
         if not self._closed:

@@ -17,19 +17,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import math
 import mmap
 import os
 import socket
 import tarfile
 import tempfile
 import threading
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 from entropo_ray.sandbox import (
@@ -41,62 +38,23 @@ from entropo_ray.sandbox import (
     SandboxError,
     SandboxLost,
     SandboxSpec,
-    cgroup,
+    keeper,
+    marks,
 )
-from entropo_ray.sandbox.attached import GATE
-from entropo_ray.sandbox.container import Docker, threaded
+from entropo_ray.sandbox.attached import GATE, Attached, Sink, Source
+from entropo_ray.sandbox.container import Container, threaded
+from entropo_ray.sandbox.keeper import ALONE, ENV, NAMES, OPEN_FILES
 from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.stage import AGENT, INODES
 
 _ANSWER_S = 60.0  # one request to the engine
 _FILL_S = 300.0
-_LATE_S = 60  # past its deadline, a container is anyone's to remove
 _SEEDS = 8  # work trees kept in temporary files
-_OPEN_FILES = 4096
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_NAMES = "/opt/entropo"  # holds `python` where the image has only python3
 _NO_ROOM = ("no space left", "cannot allocate memory", "resource temporarily unavailable", "too many open files")
-_ENV = {
-    "HOME": "/home/agent",
-    "USER": "agent",
-    "LANG": "C.UTF-8",
-    "TZ": "UTC",
-    "TERM": "dumb",
-    "PAGER": "cat",
-    "GIT_PAGER": "cat",
-    "GIT_AUTHOR_NAME": "agent",
-    "GIT_AUTHOR_EMAIL": "agent@localhost",
-    "GIT_COMMITTER_NAME": "agent",
-    "GIT_COMMITTER_EMAIL": "agent@localhost",
-    "PYTHONHASHSEED": "0",
-    "PYTHONDONTWRITEBYTECODE": "1",
-}
 
-# The first process. Nobody of its own user can read or trace it (it is not dumpable) or kill it (it is the first); it
-# needs no fork to stay alive, or to kill everyone else, when told so from outside: no swarm can keep it from that.
-_KEEPER = """
-import ctypes, os, signal, sys, time
-
-def kill_all(*_):
-    try:
-        os.kill(-1, signal.SIGKILL)
-    except OSError:
-        pass
-
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries whom nobody waits for
-signal.signal(signal.SIGUSR1, kill_all)
-end = time.time() + float(sys.argv[1])
-if ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) == 0:  # PR_SET_DUMPABLE
-    while time.time() < end:
-        time.sleep(max(0.0, end - time.time()))
-"""
-_KEEP = f"""
-command -v python >/dev/null || ln -s "$(command -v python3)" {_NAMES}/python
-exec "$(command -v python3 || command -v python)" -I -S -c "$2" "$1"
-"""
 _FILL = f"""{GATE}
-while [ -O /proc/1/environ ]; do sleep 0.01; done
-exec tar -xpf - -C "$1" 2>&1
+{ALONE}exec tar -xpf - -C "$1" 2>&1
 """
 
 
@@ -163,7 +121,7 @@ class Engine:
             facts = self._found(spec.image).attrs
         configured = facts.get("Config") or {}
         variables = dict(word.partition("=")[::2] for word in configured.get("Env") or ())
-        path = f"{variables.get('PATH') or _PATH}:{_NAMES}"
+        path = f"{variables.get('PATH') or _PATH}:{NAMES}"
         return Image(facts["Id"], path, tuple(configured.get("Volumes") or ()))
 
     def _found(self, reference: str) -> Any:
@@ -190,7 +148,7 @@ class Engine:
     def _fetch(self, image: Image, spec: SandboxSpec) -> Seed:
         from docker import errors
 
-        labels = labels_of(replace(spec, labels={**spec.labels, "role": "seed"}), _FILL_S)
+        labels = marks.labels(replace(spec, labels={**spec.labels, "role": "seed"}), _FILL_S)
         with asking(f"work directory of image {spec.image}"), tempfile.TemporaryFile() as file:
             source = self.client.containers.create(image.id, command=["true"], network_mode="none", labels=labels)
             try:
@@ -206,7 +164,7 @@ class Engine:
             raise ImageMissing(f"{spec.image}: no such repository layer (an image whose {spec.workdir} holds .git)")
         return seed
 
-    def agents(self, spec: SandboxSpec, life_s: float) -> Machine:
+    def agents(self, spec: SandboxSpec, life_s: float, cut: threading.Event) -> Machine[Attached]:
         """A container with the image's work directory in it, the agent's to change."""
         image = self.image(spec)
         seed = self.seed(image, spec)
@@ -223,7 +181,7 @@ class Engine:
             raise
         return machine
 
-    def clean(self, spec: SandboxSpec) -> Machine:
+    def clean(self, spec: SandboxSpec, cut: threading.Event) -> Machine[Attached]:
         """A container with room for a copy of a work tree and the objects of its changes."""
         image = self.image(spec)
         seed = self.seed(image, spec)
@@ -232,7 +190,7 @@ class Engine:
         own = replace(spec, labels={**spec.labels, "role": "extract"}, env={})
         return self._start(_settings(own, image, room, places, life_s), places, life_s)
 
-    def _start(self, settings: dict[str, Any], places: Mapping[str, int], life_s: float) -> Machine:
+    def _start(self, settings: dict[str, Any], places: Mapping[str, int], life_s: float) -> Machine[Attached]:
         """One that fails half-way is removed, or left to the reaper: it was labelled when it was made."""
         name = f"entropo-{uuid.uuid4().hex[:16]}"
         if life_s <= 0:
@@ -246,8 +204,10 @@ class Engine:
             raise
         return Machine(self, name, [*places, "/dev/shm"], life_s)
 
-    def begin(self, name: str, words: Sequence[str], env: Mapping[str, str]) -> tuple[socket.socket, str]:
-        """Start a command as the agent; its connection and its key."""
+    def begin(
+        self, name: str, words: Sequence[str], env: Mapping[str, str], source: Source, sink: Sink, cut: threading.Event
+    ) -> Attached:
+        """Start a command as the agent."""
         api = self.client.api
         how = {"stdin": True, "stderr": False, "user": f"{AGENT}:{AGENT}", "environment": dict(env), "workdir": "/"}
         with asking(name):
@@ -255,20 +215,21 @@ class Engine:
             stream = api.exec_start(key, socket=True)
             connection = socket.socket(fileno=os.dup(stream.fileno()))
             stream.close()
-        return connection, key
+        return Attached(connection, source, sink, cut, key)
 
-    def exit_code(self, name: str, key: str) -> int | None:
+    def exit_code(self, name: str, attached: Attached) -> int | None:
         """None as long as the command runs."""
         with asking(name):
-            facts = self.client.api.exec_inspect(key)
+            facts = self.client.api.exec_inspect(attached.key)
         return None if facts["Running"] else facts["ExitCode"]
 
-    def running(self, name: str) -> bool:
+    def fate(self, name: str) -> str:
+        """Why the container is no more; empty as long as it runs."""
         try:
             with asking(name):
-                return bool(self.client.api.inspect_container(name)["State"]["Running"])
+                return "" if self.client.api.inspect_container(name)["State"]["Running"] else "it has ended"
         except SandboxLost:
-            return False
+            return "it has ended"
 
     def kill_all(self, name: str) -> None:
         """Have the first process kill all others."""
@@ -284,7 +245,7 @@ class Engine:
         """Remove containers of ours whose owner is dead or whose deadline is past; their number."""
         with asking("looking for left containers"):
             found = self.client.api.containers(all=True, filters={"label": "entropo.owner"})
-        left = [container["Id"] for container in found if not _in_use(container["Labels"])]
+        left = [container["Id"] for container in found if not marks.in_use(container["Labels"])]
         for name in left:
             self.remove(name)
         return len(left)
@@ -302,26 +263,6 @@ def _measured(file: IO[bytes]) -> Seed | None:
             size += -(-member.size // mmap.PAGESIZE) * mmap.PAGESIZE if member.isreg() else 0
             repository |= member.isdir() and os.path.normpath(member.name) == ".git"
     return Seed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), size, inodes) if repository else None
-
-
-def _host() -> str:
-    """Names a boot of a machine: owners are judged only where they could be seen."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def labels_of(spec: SandboxSpec, life_s: float) -> dict[str, str]:
-    """What a container is known by from the moment of its creation."""
-    given = {f"entropo.{key}": value for key, value in spec.labels.items()}
-    ours = {"entropo.owner": cgroup.label(os.getpid()), "entropo.host": _host()}
-    ours["entropo.deadline"] = str(math.ceil(time.time() + life_s) + _LATE_S)
-    return {"entropo.role": "rollout", **given, **ours}
-
-
-def _in_use(labels: Mapping[str, str]) -> bool:
-    deadline = labels.get("entropo.deadline", "")
-    if deadline.isdigit() and int(deadline) < time.time():
-        return False
-    return labels.get("entropo.host") != _host() or cgroup.alive(labels["entropo.owner"])
 
 
 _engines: list[Engine] = []
@@ -342,13 +283,13 @@ def _settings(spec: SandboxSpec, image: Image, more: Seed, places: Mapping[str, 
     wide = {**dict.fromkeys(image.volumes, 1 << 20), **places}  # a volume would be a disk without bounds
     return {
         "image": image.id,
-        "entrypoint": ["bash", "-c", _KEEP, "bash", f"{life_s:.3f}", _KEEPER],
-        "labels": labels_of(spec, life_s),
+        "entrypoint": keeper.words(life_s),
+        "labels": marks.labels(spec, life_s),
         "user": f"{AGENT}:{AGENT}",
         "working_dir": "/",
         "hostname": "sandbox",
-        "environment": {**_ENV, **spec.env, "PATH": image.path},
-        "tmpfs": {place: _tmpfs(size, inodes) for place, size in wide.items()} | {_NAMES: _tmpfs(1 << 12, 8)},
+        "environment": {**ENV, **spec.env, "PATH": image.path},
+        "tmpfs": {place: _tmpfs(size, inodes) for place, size in wide.items()} | {NAMES: _tmpfs(1 << 12, 8)},
         "shm_size": (spec.limits.disk_mb << 20) // 8,
         **_walls(spec.limits, more),
     }
@@ -376,7 +317,7 @@ def _walls(bounds: Limits, more: Seed) -> dict[str, Any]:
         "ulimits": [
             Ulimit(name="core", soft=0, hard=0),
             Ulimit(name="fsize", soft=file_bytes, hard=file_bytes),
-            Ulimit(name="nofile", soft=_OPEN_FILES, hard=_OPEN_FILES),
+            Ulimit(name="nofile", soft=OPEN_FILES, hard=OPEN_FILES),
         ],
         "oom_score_adj": 500,  # when the whole machine runs short, sandboxes die first
         "auto_remove": True,
@@ -390,7 +331,7 @@ def _walls(bounds: Limits, more: Seed) -> dict[str, Any]:
 async def open_docker(spec: SandboxSpec) -> AsyncIterator[Sandbox]:
     if spec.site:  # a directory of this machine; the engine may be on another
         raise ImageMissing(f"{spec.site}: a Docker image brings its packages itself; give backend=bwrap")
-    sandbox = Docker(await threaded(engine), spec)
+    sandbox = Container(await threaded(engine), spec)
     try:
         await sandbox.open()
         yield sandbox

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from entropo_ray.sandbox import ImageMissing, SandboxError, SandboxSpec
-from entropo_ray.sandbox.docker import asking, labels_of
+from entropo_ray.sandbox import ImageMissing, SandboxError, SandboxSpec, marks
+from entropo_ray.sandbox.docker import asking
 
 _SILENT_S = 300  # of one answer: the engine unpacks layers and trees meanwhile
 _LIFE_S = 7200.0  # of a container that is never started
@@ -173,7 +173,7 @@ def _directory(path: str, mode: int) -> tarfile.TarInfo:
 
 
 def _own_labels(image: str) -> dict[str, str]:
-    return labels_of(SandboxSpec(image, labels={"role": "image"}), _LIFE_S)
+    return marks.labels(SandboxSpec(image, labels={"role": "image"}), _LIFE_S)
 
 
 def _followed(events: Iterator[Mapping[str, Any]], what: str, within_s: float, cut: threading.Event | None) -> None:

@@ -1,4 +1,4 @@
-"""One running container of a Docker engine, seen from threads: commands of the agent, and scripts of ours.
+"""One running container, seen from threads: commands of the agent, and scripts of ours.
 
 A command runs below a shell that kills all else of its user when the command ends, so that its output ends too; since
 the agent could have killed that shell, a second exec does the same again and tells of memory and disks.
@@ -10,14 +10,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from entropo_ray.sandbox import BackendDown, ExecResult, SandboxError, SandboxLost
-from entropo_ray.sandbox.attached import GATE, Attached, Sink, Source
+from entropo_ray.sandbox.attached import GATE, Connection, Sink, Source
 from entropo_ray.sandbox.output import Capture
 
-if TYPE_CHECKING:
-    from entropo_ray.sandbox.docker import Engine
+C = TypeVar("C", bound=Connection)
 
 _START_S = 60.0  # from a request until its command begins
 _GRACE_S = 20.0  # for the end of what was killed
@@ -41,10 +40,31 @@ echo settled
 _SETTLED = b"settled\n"
 
 
-class Machine:
+class Engine(Protocol[C]):
+    """What runs containers; its methods block, and raise SandboxError."""
+
+    def begin(
+        self, name: str, words: Sequence[str], env: Mapping[str, str], source: Source, sink: Sink, cut: threading.Event
+    ) -> C:
+        """Start a command as the agent."""
+
+    def exit_code(self, name: str, attached: C) -> int | None:
+        """128 + n where signal n ended it; None as long as the command runs."""
+
+    def fate(self, name: str) -> str:
+        """Why the container is no more; empty as long as it runs."""
+
+    def kill_all(self, name: str) -> None:
+        """Have the first process kill all others."""
+
+    def remove(self, name: str) -> None:
+        """Idempotent, never raises."""
+
+
+class Machine(Generic[C]):
     """One running container; its methods block."""
 
-    def __init__(self, engine: Engine, name: str, places: Sequence[str], life_s: float) -> None:
+    def __init__(self, engine: Engine[C], name: str, places: Sequence[str], life_s: float) -> None:
         self._engine, self._name, self._places = engine, name, places
         self._until = time.monotonic() + life_s
         self._kills = 0
@@ -60,9 +80,9 @@ class Machine:
         return self.stream(text, *words, timeout_s=timeout_s, source=source, sink=kept.feed), kept
 
     def stream(self, text: str, *words: str, timeout_s: float, sink: Sink, source: Source = b"") -> int | None:
-        with self._attached(["bash", "-c", text, "bash", *words], {"LC_ALL": "C"}, source, sink) as (attached, key):
+        with self._attached(["bash", "-c", text, "bash", *words], {"LC_ALL": "C"}, source, sink) as attached:
             if self._ended(attached, timeout_s):
-                return self._exit_code(key)
+                return self._exit_code(attached)
             self._settle()
             return None
 
@@ -79,14 +99,14 @@ class Machine:
     ) -> ExecResult:
         """A command of the agent; every process that it started is gone afterwards."""
         kept = Capture(output_bytes)
-        with self._attached(["bash", "-c", _RUN, "bash", cwd, *argv], env, stdin, kept.feed, cut) as (attached, key):
+        with self._attached(["bash", "-c", _RUN, "bash", cwd, *argv], env, stdin, kept.feed, cut) as attached:
             ended = self._ended(attached, timeout_s)
             seconds = time.monotonic() - attached.began
             oom, full = self._settle()
             if not ended:  # what it had printed is still on its way
                 cut.clear()
                 self._ended(attached, time.monotonic() - attached.began + _GRACE_S)
-            code = self._exit_code(key) if ended else None
+            code = self._exit_code(attached) if ended else None
         return ExecResult(code, kept.text(), kept.total, kept.truncated, code is None, oom, full, seconds)
 
     @contextlib.contextmanager
@@ -97,19 +117,18 @@ class Machine:
         source: Source,
         sink: Sink,
         cut: threading.Event | None = None,
-    ) -> Iterator[tuple[Attached, str]]:
-        """A started command and its key."""
+    ) -> Iterator[C]:
+        """A started command."""
         try:
-            connection, key = self._engine.begin(self._name, words, env)
+            attached = self._engine.begin(self._name, words, env, source, sink, cut or threading.Event())
         except SandboxError as error:
             raise self._explained(error) from error
-        attached = Attached(connection, source, sink, cut or threading.Event())
         try:
-            yield attached, key
+            yield attached
         finally:
             attached.close()
 
-    def _ended(self, attached: Attached, timeout_s: float) -> bool:
+    def _ended(self, attached: C, timeout_s: float) -> bool:
         try:
             ended = attached.ended(timeout_s, start_s=_START_S)
         except TimeoutError as error:
@@ -119,10 +138,10 @@ class Machine:
             raise self._explained(SandboxError(f"{self._name}: the engine started no command: {said or 'no reason'}"))
         return ended
 
-    def _exit_code(self, key: str) -> int:
+    def _exit_code(self, attached: C) -> int:
         """128 + n where signal n ended it."""
         deadline = time.monotonic() + _GRACE_S
-        while (code := self._engine.exit_code(self._name, key)) is None:
+        while (code := self._engine.exit_code(self._name, attached)) is None:
             if time.monotonic() > deadline:
                 raise BackendDown(f"{self._name}: no exit code {_GRACE_S:.0f} s after the end of a command")
             time.sleep(0.005)
@@ -158,7 +177,7 @@ class Machine:
                 enough.set()  # the engine tells of no end while a killed command's output is unread
 
         try:
-            with self._attached(words, {}, b"", listen, enough) as (attached, _):
+            with self._attached(words, {}, b"", listen, enough) as attached:
                 self._ended(attached, max(1.0, timeout_s))
         except (SandboxLost, BackendDown):
             raise
@@ -172,6 +191,6 @@ class Machine:
             return error
         if time.monotonic() > self._until:
             return SandboxLost(f"{self._name}: its life is over")
-        if isinstance(error, SandboxLost) or not self._engine.running(self._name):
-            return SandboxLost(f"{self._name}: it has ended")
-        return error
+        if fate := self._engine.fate(self._name):
+            return SandboxLost(f"{self._name}: {fate}")
+        return SandboxLost(f"{self._name}: it has ended") if isinstance(error, SandboxLost) else error
