@@ -34,7 +34,7 @@ ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY entropo_ray/__init__.py entropo_ray/
-RUN pip install --no-cache-dir '.[gpu]' \
+RUN pip install --no-cache-dir '.[gpu,k8s]' \
  && pip uninstall -y entropo_ray \
  && python -c "import importlib.metadata as m; assert m.version('ray') == '$RAY_VERSION', m.version('ray')"
 COPY . .

@@ -33,7 +33,7 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; install it: apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(KIND),gpu)
-	$(PY) -m pip install -q -e '.[gpu,dev]'
+	$(PY) -m pip install -q -e '.[gpu,dev,k8s]'
 else
 # two at a time: unpacking keeps a core busy, and without dependencies the packages do not touch each other
 	grep -v '^#' requirements/cpu.txt | sort -r | xargs -P 2 -n 36 $(PY) -m pip install -q --no-deps --no-compile

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,10 +95,26 @@ class Agent:
 
 
 @dataclass(frozen=True)
+class Kubernetes:
+    """Pods of backend=kubernetes; conf/kuberay/sandbox.yaml makes their namespace and the right to make them."""
+
+    namespace: str = "entropo-sandbox"
+    runtime_class: str = ""  # gvisor, kata, ...; empty: the cluster's own
+    user_namespace: bool = True  # root inside is nobody on the node; false where nodes cannot
+    node_selector: dict[str, str] = field(default_factory=dict)
+    toleration: str = ""  # key of the taint of sandbox nodes
+    priority_class: str = ""
+    pull_secret: str = ""  # a Secret of that namespace, for images that not everybody may pull
+    cpus: float = 1.0
+    tree_mb: int = 1024  # room for the copy of an image's work directory, beside disk_mb, in memory
+    start_s: float = 600.0  # for a pod to run, its image pulled
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """Limits of one sandbox; `grade_*` hold where hidden tests run."""
 
-    backend: Literal["bwrap", "docker"] = "bwrap"
+    backend: Literal["bwrap", "docker", "kubernetes"] = "bwrap"
     memory_mb: int = 4096
     pids: int = 256
     cpu: float = 0.0  # processors that one sandbox may keep busy; 0: no limit
@@ -110,6 +127,7 @@ class Sandbox:
     ahead: int = 0  # of per_node, made before they are asked for: where making one takes seconds
     wait_s: float = 600.0  # for one of per_node to come free
     strict: bool = False  # refuse to start where a limit cannot be enforced
+    kubernetes: Kubernetes = field(default_factory=Kubernetes)
 
 
 @dataclass(frozen=True)
@@ -335,6 +353,7 @@ MAY_CHANGE = (
     "rollout.sandbox.per_node",
     "rollout.sandbox.ahead",
     "rollout.sandbox.wait_s",
+    "rollout.sandbox.kubernetes.",
     "train.workers",
     "train.worker_threads",
     "train.micro_batch",
@@ -471,6 +490,7 @@ def _check(cfg: Run) -> None:
         ),
         (0 <= cfg.pack.ambiguous + cfg.pack.hidden <= 1, "pack.ambiguous + pack.hidden: must lie in [0, 1]"),
         *_sourcing(cfg.source),
+        *_pods(cfg.rollout.sandbox.kubernetes),
     ]
     for name, fit in (("train", cfg.train), ("sft", cfg.sft), ("verifier", cfg.verifier)):
         rules += _fitting(name, fit)
@@ -611,6 +631,17 @@ def _baselines(train: Train) -> list[tuple[bool, str]]:
             not kto or train.z0 == "released" or not released,
             f"train.z0={train.z0}: train.variant=released has its own; give train.z0=released",
         ),
+    ]
+
+
+def _pods(pods: Kubernetes) -> list[tuple[bool, str]]:
+    key = "rollout.sandbox.kubernetes"
+    name = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+    return [
+        (bool(name.fullmatch(pods.namespace)), f"{key}.namespace={pods.namespace}: must be a name of a namespace"),
+        (pods.cpus > 0, f"{key}.cpus={pods.cpus}: must be above 0"),
+        (pods.tree_mb > 0, f"{key}.tree_mb={pods.tree_mb}: must be above 0"),
+        (pods.start_s > 0, f"{key}.start_s={pods.start_s}: must be above 0"),
     ]
 
 

@@ -113,6 +113,7 @@ class Workshop:
             env=_ENVIRONMENT,
             limits=sandbox.limits(self.box, exec_s=exec_s),
             labels={"role": "factory", "task": self.project.name},
+            cluster=self.box.kubernetes,
         )
 
     async def _run(self, nonce: str, order: Mapping[str, Any], seconds: float) -> Run:

@@ -285,6 +285,7 @@ def _spec(task: Task, cfg: config.Sandbox) -> SandboxSpec:
         env=_ENVIRONMENT,
         limits=sandbox.limits(cfg, exec_s=cfg.grade_s),
         labels={"role": "grade", "task": task.id},
+        cluster=cfg.kubernetes,
     )
 
 

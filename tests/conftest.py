@@ -1,4 +1,4 @@
-"""One Ray cluster and one Docker engine for all tests that need one: starting them takes seconds.
+"""One Ray cluster, one Docker engine and one Kubernetes server for all tests that need them: starting takes seconds.
 
 A second cluster in the same process would inherit the actors of the first.
 """
@@ -42,3 +42,27 @@ def docker_host():
 
     with engine.running() as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def kubernetes_service():
+    """A server made for tests."""
+    import cluster
+
+    with cluster.running() as server:
+        yield server
+
+
+@pytest.fixture
+def kubernetes_server(kubernetes_service):
+    """The same, with nothing left of other tests, which KUBECONFIG names meanwhile."""
+    with kubernetes_service.fresh():
+        yield kubernetes_service
+
+
+@pytest.fixture
+def kubernetes_cluster():
+    """A cluster that somebody named."""
+    import cluster
+
+    return cluster.named()

@@ -17,7 +17,9 @@ from entropo_ray import config
 HERE = Path(__file__).resolve().parent.parent
 CONF = sorted((HERE / "conf").glob("*.yaml"))
 OBJECTIVES = sorted((HERE / "conf" / "objective").glob("*.yaml"))
-KUBERAY = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((HERE / "conf" / "kuberay").glob("*.yaml"))}
+KUBERAY = {
+    path.stem: yaml.safe_load(path.read_text()) for path in sorted((HERE / "conf" / "kuberay").glob("ray*.yaml"))
+}
 DOCKERFILE = (HERE / "Dockerfile").read_text()
 # off by default: the operator refuses manifests that use them
 GATED = {"networkPolicy", "tlsOptions", "historyServerOptions"}

@@ -41,6 +41,7 @@ DOORS = {
     "swebench": {"evaluate", "tasks.rows", "tasks.scripted"},
     "docker": {"sandbox.docker", "sandbox.images"},
     "kubernetes": {"sandbox.kubernetes"},
+    "websocket": {"sandbox.channels"},
     "entropo_ray.records.Answer": {"tasks", "grade"},
 }
 FILES = sorted([*PACKAGE.rglob("*.py"), *(HERE / "jobs").glob("*.py")])

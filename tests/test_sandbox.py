@@ -24,6 +24,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cluster
 import engine
 import pytest
 
@@ -72,13 +73,23 @@ def needs_groups() -> None:
         pytest.skip("; ".join(probe("bwrap")))
 
 
-@pytest.fixture(params=["bwrap", "plain", pytest.param("docker", marks=pytest.mark.docker)])
+@pytest.fixture(
+    params=[
+        "bwrap",
+        "plain",
+        pytest.param("docker", marks=pytest.mark.docker),
+        "stand-in",
+        pytest.param("kubernetes", marks=pytest.mark.kubernetes),
+    ]
+)
 def backend(request):
+    """Its name. Of Kubernetes twice: over a server made for tests, and over a cluster where there is one."""
+    needs = {"docker": "docker_host", "stand-in": "kubernetes_server", "kubernetes": "kubernetes_cluster"}
     if request.param == "bwrap":
         needs_bwrap()
-    if request.param == "docker":
-        request.getfixturevalue("docker_host")
-    return request.param
+    if request.param in needs:
+        request.getfixturevalue(needs[request.param])
+    return request.param.replace("stand-in", "kubernetes")
 
 
 def git(directory: Path, *words: str, stdin: bytes | None = None) -> bytes:
@@ -114,9 +125,11 @@ def own_image(image, tmp_path):
 
 
 def inside(image, work, *, backend="bwrap", limits=SMALL, **spec):
-    """What `work(sandbox)` returns in a sandbox of its own (docker: on an image of the same content)."""
+    """What `work(sandbox)` returns in a sandbox of its own (docker, kubernetes: on an image of the same content)."""
     if backend == "docker":
         image = engine.image_of(image)
+    if backend == "kubernetes":
+        image = cluster.image_of(image)
 
     async def whole():
         async with open_sandbox(SandboxSpec(image, limits=limits, **spec), backend=backend) as sandbox:
@@ -160,7 +173,7 @@ def test_a_site_is_importable_behind_the_runner_and_only_where_it_is_asked_for(b
     def work(sandbox):
         return sandbox.exec(["python", "-P", "-c", program])
 
-    if backend == "docker":
+    if backend in ("docker", "kubernetes"):
         with pytest.raises(ImageMissing, match="brings its packages itself"):
             inside(image, work, backend=backend, site=str(tmp_path))
         return

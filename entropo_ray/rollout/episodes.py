@@ -58,7 +58,7 @@ class Episodes:
         self._temperature = temperature
         self._patched = patched
         attempts.mkdir(parents=True, exist_ok=True)
-        sandbox.reap(cfg.sandbox.backend)  # what an actor that was killed here left behind
+        sandbox.reap(cfg.sandbox.backend, cfg.sandbox.kubernetes)  # what an actor that was killed here left behind
         borrow_here(cfg.sandbox)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -147,7 +147,8 @@ def spec_of(request: RolloutRequest, cfg: config.Rollout) -> SandboxSpec:
     limits = sandbox.limits(box, exec_s=max(agent.tool_s, agent.extract_s), life_s=max(box.life_s, life_s))
     labels = {"role": "episode", "task": request.task.id, "sample": str(request.sample)}
     task = request.task
-    return SandboxSpec(task.image, workdir=task.workdir, site=task.site, limits=limits, labels=labels)
+    where = box.kubernetes
+    return SandboxSpec(task.image, workdir=task.workdir, site=task.site, limits=limits, labels=labels, cluster=where)
 
 
 def to_row_of(trajectory: Trajectory, task: Task) -> pa.Table:

@@ -31,15 +31,18 @@ class Keeper(Pool):
 
     def __init__(self, cfg: config.Sandbox) -> None:
         cores = len(os.sched_getaffinity(0))
-        bounds = Bounds(live=cfg.per_node, ahead=cfg.ahead, execs=max(8, 4 * cores), wait_s=cfg.wait_s)
+        create_s = creation_s(cfg)
+        execs = max(8, 4 * cores)
+        bounds = Bounds(live=cfg.per_node, ahead=cfg.ahead, execs=execs, wait_s=cfg.wait_s, create_s=create_s)
         super().__init__(bounds, cfg.backend)
-        sandbox.reap(cfg.backend)
+        sandbox.reap(cfg.backend, cfg.kubernetes)
+        self._where = f"kubernetes/{cfg.kubernetes.namespace}" if cfg.backend == "kubernetes" else cfg.backend
         self._witness: subprocess.Popen[bytes] | None = None
         self.tend()
 
     def tend(self) -> None:
         if self._witness is None or self._witness.poll() is not None:
-            words = [sys.executable, "-m", "entropo_ray.sandbox", "watch", str(os.getpid()), self._backend]
+            words = [sys.executable, "-m", "entropo_ray.sandbox", "watch", str(os.getpid()), self._where]
             null = subprocess.DEVNULL
             home = Path(sandbox.__file__).parents[2]
             self._witness = subprocess.Popen(
@@ -107,6 +110,11 @@ def borrow_here(cfg: config.Sandbox) -> None:
         sandbox.borrow_from(Lender(cfg).open, backend=cfg.backend)
 
 
+def creation_s(cfg: config.Sandbox) -> float:
+    """How long a sandbox may take to be there; a pod's image may have to be fetched."""
+    return 120.0 + (cfg.kubernetes.start_s if cfg.backend == "kubernetes" else 0.0)
+
+
 def setup_s(cfg: config.Sandbox) -> float:
     """How long opening and closing a sandbox may take, and the answers of a lost one."""
-    return 120.0 + (cfg.wait_s if cfg.per_node else 0.0)
+    return creation_s(cfg) + (cfg.wait_s if cfg.per_node else 0.0)

@@ -4,7 +4,7 @@ A command's failure, time-out, out-of-memory or full disk is a *result*. Only in
 is never a failed answer. Every command stands alone: its working directory and variables end with it, and so does every
 process that it started. Seen from inside: the repository at /testbed (copy-on-write), HOME=/home/agent, no network,
 `python` (the interpreter that runs us, with pytest and, where the spec has a site, what lies there), git, bash and the
-host's /usr. In a Docker sandbox, all but the first three are the image's.
+host's /usr. In a Docker or Kubernetes sandbox, all but the first three are the image's.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class SandboxSpec:
-    # directory of the repository layer, holding .git (docker: an image whose working directory does); never written.
+    # directory of the repository layer, holding .git (docker, kubernetes: an image whose working directory does); never
+    # written.
     # Its work tree is its HEAD
     image: str
     workdir: str = "/testbed"
@@ -61,6 +62,7 @@ class SandboxSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     labels: Mapping[str, str] = field(default_factory=dict)
+    cluster: config.Kubernetes | None = None  # where backend kubernetes makes it; none: all its defaults
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,19 @@ def make_sandbox(spec: SandboxSpec, *, backend: str) -> AbstractAsyncContextMana
         from entropo_ray.sandbox import docker
 
         return docker.open_docker(spec)
+    if backend == "kubernetes":
+        from entropo_ray.sandbox import kubernetes
+
+        return kubernetes.open_kubernetes(spec)
     if backend == "plain":
         from entropo_ray.sandbox import plain
 
         return plain.open_plain(spec)
-    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap or docker")
+    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap, docker or kubernetes")
 
 
-def probe(backend: str) -> list[str]:
-    """One sentence for each thing that does not work on this machine; empty: all is well."""
+def probe(backend: str, cluster: config.Kubernetes | None = None) -> list[str]:
+    """One sentence for each thing that does not work on this machine, or in that cluster; empty: all is well."""
     if backend == "bwrap":
         from entropo_ray.sandbox import bwrap
 
@@ -157,17 +163,25 @@ def probe(backend: str) -> list[str]:
         from entropo_ray.sandbox import docker
 
         return docker.probe()
+    if backend == "kubernetes":
+        from entropo_ray.sandbox import kubernetes
+
+        return kubernetes.probe(cluster)
     if backend == "plain":
         return ["plain: no isolation and no limits but time; for tests only"]
-    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap or docker")
+    raise ValueError(f"sandbox backend {backend!r}: unknown; use bwrap, docker or kubernetes")
 
 
-def reap(backend: str = "bwrap") -> int:
-    """Remove what killed owners left behind (control groups, containers); the number of sandboxes. Ours alone."""
+def reap(backend: str = "bwrap", cluster: config.Kubernetes | None = None) -> int:
+    """Remove what killed owners left behind (control groups, containers, pods); the number of sandboxes. Ours alone."""
     if backend == "docker":
         from entropo_ray.sandbox import docker
 
         return docker.reap()
+    if backend == "kubernetes":
+        from entropo_ray.sandbox import kubernetes
+
+        return kubernetes.reap(cluster)
     from entropo_ray.sandbox import cgroup
 
     return cgroup.reap(cgroup.find())

@@ -1,8 +1,10 @@
 """Remove what killed owners of sandboxes left behind, and nothing else.
 
-python -m entropo_ray.sandbox reap [BACKEND]         # bwrap or docker; both where none is named
+python -m entropo_ray.sandbox reap [BACKEND]         # bwrap, docker or kubernetes; all where none is named
 python -m entropo_ray.sandbox watch PID [BACKEND]    # wait for the end of a process that owns sandboxes, then reap
 python -m entropo_ray.sandbox watch [BACKEND]        # reap now and once a minute, until it is ended
+
+kubernetes/NAME names a namespace other than that of the default configuration.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from entropo_ray import sandbox
+from entropo_ray import config, sandbox
 from entropo_ray.sandbox import SandboxError
 
-BACKENDS = ("bwrap", "docker")
+BACKENDS = ("bwrap", "docker", "kubernetes")
 _PASSES, _PAUSE_S = 10, 0.5  # an owner's own helpers need a moment to follow it
 _MINUTE_S = 60.0
 
@@ -52,17 +54,22 @@ def reap(backends: Sequence[str] = BACKENDS) -> int:
     found = 0
     for backend in backends:
         with contextlib.suppress(SandboxError):
-            found += sandbox.reap(backend)
+            name, _, namespace = backend.partition("/")
+            found += sandbox.reap(name, config.Kubernetes(namespace=namespace) if namespace else None)
     return found
+
+
+def known(backends: Sequence[str]) -> bool:
+    return all(backend in BACKENDS or backend.startswith("kubernetes/") for backend in backends)
 
 
 def main(words: list[str]) -> int:
     match words:
-        case ["reap", *backends] if set(backends) <= set(BACKENDS):
+        case ["reap", *backends] if known(backends):
             print(f"reaped {reap(backends or BACKENDS)}")  # noqa: T201
-        case ["watch", pid, *backends] if pid.isdigit() and set(backends) <= set(BACKENDS):
+        case ["watch", pid, *backends] if pid.isdigit() and known(backends):
             watch(int(pid), backends or BACKENDS)
-        case ["watch", *backends] if set(backends) <= set(BACKENDS):
+        case ["watch", *backends] if known(backends):
             patrol(backends or BACKENDS)
         case _:
             print(__doc__, file=sys.stderr)  # noqa: T201

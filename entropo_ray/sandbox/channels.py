@@ -1,0 +1,159 @@
+"""The connection to one command of a pod: channels of a websocket (v4 and v5 of the cluster's protocol).
+
+The client's own stream has no deadline for the handshake, keeps all output, and cannot send and receive at once; what
+is used here is the websocket library beneath it. Input cannot be ended in v4, so commands are told its size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from entropo_ray.sandbox.attached import Connection, Sink, Source
+from entropo_ray.sandbox.keeper import NAMES, OPEN_FILES
+
+_INPUT, _OUTPUT, _STATUS = 0, 1, 3
+_PROTOCOLS = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
+# Words come as input, not in the address, which proxies bound to a few kilobytes. The first line tells how many there
+# are, and how much input follows them.
+BOOT = f"""
+ulimit -c 0 -n {OPEN_FILES} 2>/dev/null
+read -r words size && mapfile -t -d '' -n "$words" command || exit 125
+export PATH="$PATH:{NAMES}"
+exec env -- "${{command[@]}}" < <(exec head -c "$size" 2>/dev/null)
+"""
+
+
+class Refused(Exception):
+    """No connection was made. `status`: the server's, 0 if it did not answer."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+def dial(configuration: Any, path: str, query: Mapping[str, Any], timeout_s: float) -> Any:
+    """A connected websocket, as a client of this configuration. Raises Refused."""
+    import websocket
+
+    tls: dict[str, Any] = {"cert_reqs": ssl.CERT_REQUIRED if configuration.verify_ssl else ssl.CERT_NONE}
+    given = {
+        "ca_certs": configuration.ssl_ca_cert,
+        "certfile": configuration.cert_file,
+        "keyfile": configuration.key_file,
+        "server_hostname": configuration.tls_server_name,
+    }
+    tls |= {key: value for key, value in given.items() if value}
+    if not configuration.verify_ssl or configuration.assert_hostname is False:
+        tls["check_hostname"] = False
+    rights = configuration.auth_settings().values()
+    url = configuration.host.replace("http", "ws", 1) + f"{path}?{urlencode(query, doseq=True)}"
+    try:
+        return websocket.create_connection(
+            url,
+            timeout=timeout_s,
+            sslopt=tls,
+            header=[f"{right['key']}: {right['value']}" for right in rights if right["in"] == "header"],
+            subprotocols=_PROTOCOLS,
+        )
+    except websocket.WebSocketBadStatusException as error:
+        said = (error.resp_body or b"").decode(errors="replace")
+        raise Refused(error.status_code, _message(said) or str(error)) from error
+    except (websocket.WebSocketException, OSError) as error:
+        raise Refused(0, str(error)) from error
+
+
+def header(words: Sequence[str], env: Mapping[str, str], size: int) -> bytes:
+    """What BOOT reads before the input of the command, which has `size` bytes and a line before them."""
+    whole = [*(f"{key}={value}" for key, value in env.items()), *words]
+    return f"{len(whole)} {size + 1}\n".encode() + b"".join(os.fsencode(word) + b"\0" for word in whole) + b"\n"
+
+
+class Channels(Connection):
+    """The command's exit code comes over the status channel: `code`, or what went wrong instead: `complaint`."""
+
+    def __init__(self, websocket: Any, source: Source, sink: Sink, cut: threading.Event, first: bytes) -> None:
+        from websocket import frame_buffer
+
+        self._websocket = websocket  # its end would be the connection's
+        self._arrived = bytearray()
+        self._frames = frame_buffer(self._some, skip_utf8_validation=True)
+        self._channel = -1  # of a message in several frames
+        self._status = b""
+        self.code: int | None = None
+        super().__init__(websocket.sock, source, sink, cut, first)
+
+    def close(self) -> None:
+        self._websocket.shutdown()
+
+    def _wrapped(self, data: bytes) -> bytes:
+        from websocket import ABNF
+
+        framed: bytes = ABNF.create_frame(bytes([_INPUT]) + data, ABNF.OPCODE_BINARY).format()
+        return framed
+
+    def _input_ended(self) -> None:
+        """Its size was told."""
+
+    def _some(self, size: int) -> bytes:
+        if not self._arrived:
+            raise BlockingIOError
+        data = bytes(self._arrived[:size])
+        del self._arrived[:size]
+        return data
+
+    def _payloads(self, data: bytes) -> Iterator[bytes]:
+        from websocket import ABNF
+
+        self._arrived += data
+        while True:
+            try:
+                frame = self._frames.recv_frame()
+            except BlockingIOError:
+                return
+            if frame.opcode in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT, ABNF.OPCODE_CONT):
+                yield from self._message(frame)
+            elif frame.opcode == ABNF.OPCODE_PING:
+                pong = ABNF.create_frame(frame.data, ABNF.OPCODE_PONG).format()
+                self._unsent = (self._unsent or b"") + pong
+            elif frame.opcode == ABNF.OPCODE_CLOSE:
+                self._over = True
+
+    def _message(self, frame: Any) -> Iterator[bytes]:
+        from websocket import ABNF
+
+        payload: bytes = frame.data
+        if frame.opcode != ABNF.OPCODE_CONT:
+            self._channel, payload = (payload[0], payload[1:]) if payload else (-1, b"")
+        if self._channel == _OUTPUT and payload:
+            yield payload
+        elif self._channel == _STATUS:
+            self._status += payload
+            if frame.fin and self._status:
+                self._ended_with(self._status)
+
+    def _ended_with(self, status: bytes) -> None:
+        """The server's last word: success, an exit code, or why there is none."""
+        facts = json.loads(status)
+        causes = (facts.get("details") or {}).get("causes") or ()
+        codes = [int(cause["message"]) for cause in causes if cause.get("reason") == "ExitCode"]
+        if facts.get("status") == "Success":
+            self.code = 0
+        elif facts.get("reason") == "NonZeroExitCode" and codes:
+            self.code = codes[0]
+        else:
+            self.complaint += str(facts.get("message") or status.decode(errors="replace")).encode()
+        self._over = True
+
+
+def _message(said: str) -> str:
+    """What a server's answer says, which is mostly a Status object."""
+    try:
+        return str(json.loads(said)["message"])
+    except (ValueError, KeyError, TypeError):
+        return said.strip()
