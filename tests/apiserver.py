@@ -169,6 +169,8 @@ class Server:
         self.protocols = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
         self.agreed: list[str] = []
         self.asked: list[str] = []
+        self.pings = 0
+        self.commands: list[web.WebSocketResponse] = []
         self.version = 0
         self.listeners: list[asyncio.Queue[tuple[str, dict[str, Any]]]] = []
 
@@ -274,8 +276,9 @@ class Server:
         pod = self._pod(request)
         if not pod.spaces or pod.box is None or pod.box.returncode is not None:
             raise Error(500, "container not running")
-        connection = web.WebSocketResponse(protocols=self.protocols, max_msg_size=0)
+        connection = web.WebSocketResponse(protocols=self.protocols, max_msg_size=0, autoping=False)
         await connection.prepare(request)
+        self.commands.append(connection)
         self.agreed.append(connection.ws_protocol or "")
         if request.match_info["how"] == "attach":
             async for message in connection:
@@ -283,7 +286,7 @@ class Server:
                     pod.box.stdin.write(message.data[1:])
             return connection
         process = await pod.enter(request.query.getall("command"))
-        giving = asyncio.create_task(_give(connection, process))
+        giving = asyncio.create_task(self._give(connection, process))
         pod.tasks.append(giving)
         assert process.stdout is not None
         with contextlib.suppress(ConnectionError):
@@ -294,6 +297,17 @@ class Server:
             await connection.close()
         giving.cancel()
         return connection
+
+    async def _give(self, connection: web.WebSocketResponse, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            async for message in connection:
+                self.pings += message.type in (WSMsgType.PING, WSMsgType.PONG)
+                if message.type == WSMsgType.PING:
+                    await connection.pong(message.data)
+                if message.type == WSMsgType.BINARY and message.data[0] == 0:
+                    process.stdin.write(message.data[1:])
+                    await process.stdin.drain()
 
     # Leases and rights
 
@@ -364,6 +378,13 @@ class Server:
         self.denied = told.get("denied", self.denied)
         self.policies = told.get("policies", self.policies)
         self.protocols = told.get("protocols", self.protocols)
+        for connection in self.commands if told.get("cut") else []:
+            if connection._req is not None and connection._req.transport is not None:
+                connection._req.transport.abort()
+        if told.get("ping"):
+            for connection in self.commands:
+                with contextlib.suppress(ConnectionError):
+                    await connection.ping()
         for name, status in told.get("fail", {}).items():
             self.pods[name].fail(status)
         for lease in told.get("leases", []):
@@ -373,7 +394,7 @@ class Server:
         for name in told.get("forget", []):
             del self.leases[name]
         facts = {"pods": [pod.manifest for pod in self.pods.values()], "leases": list(self.leases.values())}
-        return web.json_response(facts | {"asked": self.asked, "agreed": self.agreed})
+        return web.json_response(facts | {"asked": self.asked, "agreed": self.agreed, "pings": self.pings})
 
     def _image(self, directory: str) -> str:
         """A copy of the mount, where the agent's user can reach it."""
@@ -403,15 +424,6 @@ class Server:
             ]
         )
         return app
-
-
-async def _give(connection: web.WebSocketResponse, process: asyncio.subprocess.Process) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(ConnectionError):
-        async for message in connection:
-            if message.type == WSMsgType.BINARY and message.data[0] == 0:
-                process.stdin.write(message.data[1:])
-                await process.stdin.drain()
 
 
 def _status(code: int) -> dict[str, Any]:

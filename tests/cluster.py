@@ -1,4 +1,8 @@
-"""Kubernetes servers for tests: the stand-in of apiserver.py on this machine, or a cluster that somebody names."""
+"""Kubernetes servers for tests: the stand-in of apiserver.py on this machine, or a cluster that somebody names.
+
+`python tests/cluster.py REFERENCE` makes, with a Docker engine, the image that tests on a cluster need; push it, then
+KUBECONFIG=... ENTROPO_KUBERNETES_IMAGE=REFERENCE python -m pytest -m kubernetes tests/test_sandbox.py
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from apiserver import TOKEN
 from entropo_ray.sandbox import kubernetes, probe
 
 HERE = Path(__file__).resolve().parent
-IMAGE = "ENTROPO_KUBERNETES_IMAGE"  # a reference that the cluster can pull, with the repository of test_sandbox.py
+IMAGE = "ENTROPO_KUBERNETES_IMAGE"
 _START_S = 30
 _here: list[Server] = []
 
@@ -62,6 +66,7 @@ class Server:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(self.configuration))
             patch.setattr(kubernetes, "_clusters", {})
+            patch.setattr(kubernetes, "_RENEW_S", 3600.0)  # tests renew by hand
             _here.append(self)
             try:
                 yield
@@ -111,3 +116,19 @@ def image_of(directory: str | Path) -> str:
     name = f"test/{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}"
     _here[-1].tell(images={name: str(directory)})
     return name
+
+
+def push_ready(reference: str) -> None:
+    """Make an image of this name with the repository of test_sandbox.py."""
+    import docker
+    import engine
+    from test_sandbox import make_layer
+
+    with tempfile.TemporaryDirectory() as home, engine.running():
+        make_layer(Path(home, "layer"))
+        image = docker.from_env().images.get(engine.image_of(Path(home, "layer")))
+        image.tag(reference)
+
+
+if __name__ == "__main__":
+    push_ready(sys.argv[1])

@@ -1,4 +1,4 @@
-"""One Ray cluster, one Docker engine and one Kubernetes server for all tests that need them: starting takes seconds.
+"""One Ray cluster, one Docker engine and one Kubernetes server for all tests that need one: starting takes seconds.
 
 A second cluster in the same process would inherit the actors of the first.
 """

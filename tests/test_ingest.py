@@ -75,9 +75,10 @@ def test_what_lies_in_the_way_is_not_removed(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_directories_are_no_images(tmp_path):
-    box = dataclasses.replace(BOX, backend="docker")
-    with pytest.raises(ValueError, match=r"rollout\.sandbox\.backend=docker: source\.kind=local"):
+@pytest.mark.parametrize("backend", ["docker", "kubernetes"])
+def test_directories_are_no_images(tmp_path, backend):
+    box = dataclasses.replace(BOX, backend=backend)
+    with pytest.raises(ValueError, match=rf"rollout\.sandbox\.backend={backend}: source\.kind=local"):
         ingest.ingest(PACK, box, seed=0, to=tmp_path / "pack")
     assert not any(tmp_path.iterdir())
 

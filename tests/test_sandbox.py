@@ -102,6 +102,14 @@ def git(directory: Path, *words: str, stdin: bytes | None = None) -> bytes:
 def image(tmp_path_factory):
     """A repository layer, shared by all tests because no sandbox writes to it."""
     layer = tmp_path_factory.mktemp("image") / "layer"
+    make_layer(layer)
+    before = subprocess.run(["bash", "-c", LISTING], cwd=layer, capture_output=True).stdout
+    yield str(layer)
+    assert subprocess.run(["bash", "-c", LISTING], cwd=layer, capture_output=True).stdout == before
+
+
+def make_layer(layer: Path) -> None:
+    """The repository of these tests."""
     (layer / "pkg").mkdir(parents=True)
     (layer / "calc.py").write_text("def add(a, b):\n    return a - b\n")
     (layer / "test_calc.py").write_text("from calc import add\n\n\ndef test_add():\n    assert add(2, 2) == 4\n")
@@ -112,9 +120,6 @@ def image(tmp_path_factory):
     git(layer, "init", "-q", "-b", "main")
     git(layer, "add", "-A")
     git(layer, "commit", "-qm", "base")
-    before = subprocess.run(["bash", "-c", LISTING], cwd=layer, capture_output=True).stdout
-    yield str(layer)
-    assert subprocess.run(["bash", "-c", LISTING], cwd=layer, capture_output=True).stdout == before
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ class Connection(ABC):
                 raise TimeoutError(f"a command did not begin within {start_s:.0f} s")
             if left <= 0 or (self.began and self._cut.is_set()):
                 return False
+            self._quiet()
             poll.register(self._connection, select.POLLIN | (0 if self._unsent is None else select.POLLOUT))
             for _, events in poll.poll(min(left, _LOOK_S) * 1000 + 1):
                 if events & select.POLLOUT:
@@ -84,6 +85,10 @@ class Connection(ABC):
         self._over |= not data
         for payload in self._payloads(data):
             self._take(payload)
+
+    @abstractmethod
+    def _quiet(self) -> None:
+        """Called between looks: what must be said, lest the connection be taken for dead."""
 
     @abstractmethod
     def _wrapped(self, data: bytes) -> bytes:
@@ -122,6 +127,9 @@ class Attached(Connection):
 
     def _wrapped(self, data: bytes) -> bytes:
         return data
+
+    def _quiet(self) -> None:
+        """Nothing: no proxy is between."""
 
     def _input_ended(self) -> None:
         self._connection.shutdown(socket.SHUT_WR)

@@ -10,6 +10,7 @@ import json
 import os
 import ssl
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -17,6 +18,7 @@ from urllib.parse import urlencode
 from entropo_ray.sandbox.attached import Connection, Sink, Source
 from entropo_ray.sandbox.keeper import NAMES, OPEN_FILES
 
+_PING_S = 20.0  # proxies cut connections that are silent for a minute or more
 _INPUT, _OUTPUT, _STATUS = 0, 1, 3
 _PROTOCOLS = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
 # Words come as input, not in the address, which proxies bound to a few kilobytes. The first line tells how many there
@@ -86,6 +88,7 @@ class Channels(Connection):
         self._channel = -1  # of a message in several frames
         self._status = b""
         self.code: int | None = None
+        self._pinged = time.monotonic()
         super().__init__(websocket.sock, source, sink, cut, first)
 
     def close(self) -> None:
@@ -99,6 +102,17 @@ class Channels(Connection):
 
     def _input_ended(self) -> None:
         """Its size was told."""
+
+    def _quiet(self) -> None:
+        from websocket import ABNF
+
+        if time.monotonic() - self._pinged > _PING_S:
+            self._pinged = time.monotonic()
+            self._say(ABNF.create_frame(b"", ABNF.OPCODE_PING))
+
+    def _say(self, frame: Any) -> None:
+        """Behind the frame that is on its way, if one is."""
+        self._unsent = (self._unsent or b"") + frame.format()
 
     def _some(self, size: int) -> bytes:
         if not self._arrived:
@@ -119,8 +133,7 @@ class Channels(Connection):
             if frame.opcode in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT, ABNF.OPCODE_CONT):
                 yield from self._message(frame)
             elif frame.opcode == ABNF.OPCODE_PING:
-                pong = ABNF.create_frame(frame.data, ABNF.OPCODE_PONG).format()
-                self._unsent = (self._unsent or b"") + pong
+                self._say(ABNF.create_frame(frame.data, ABNF.OPCODE_PONG))
             elif frame.opcode == ABNF.OPCODE_CLOSE:
                 self._over = True
 

@@ -236,7 +236,7 @@ class Cluster:
         how = {"field_selector": f"metadata.name={name}", "timeout_seconds": window}
         try:
             watch = Watch().stream(
-                self.core().list_namespaced_pod, self.namespace, _request_timeout=window + _ANSWER_S, **how
+                self.core().list_namespaced_pod, self.namespace, _request_timeout=window + _LOOK_S, **how
             )
             for event in watch:
                 if event["type"] == "DELETED":
@@ -502,7 +502,8 @@ def _configuration() -> Any:
         if inside:
             access.load_incluster_config(found)
         else:
-            access.load_kube_config(client_configuration=found)
+            # named, for the library looks at the variable once, when it is imported
+            access.load_kube_config(config_file=os.environ.get("KUBECONFIG"), client_configuration=found)
     except (access.ConfigException, OSError) as error:
         where = "the service account of this pod" if inside else "KUBECONFIG, else ~/.kube/config; we are in no pod"
         raise BackendDown(f"no way into a cluster ({where}): {error}") from error
