@@ -123,7 +123,7 @@ class Cluster:
         self._lease = _Lease(self)
         self._specs: dict[str, SandboxSpec] = {}
         self._patience_s = 5.0  # of the first answer, which may never come
-        self.reap()
+        self.found = self.reap()  # by the first look, which nobody asked for
         self._patience_s = _PATIENCE_S
 
     def client(self) -> Any:
@@ -332,9 +332,9 @@ class Cluster:
         for pod in found.items:
             known = pod.metadata.labels or {}
             if known["entropo.lease"] not in living or marks.late(known):
-                with contextlib.suppress(SandboxLost):  # another reaper was here
+                left += 1
+                with contextlib.suppress(SandboxLost):  # it went with its Lease, or another reaper was here
                     self._delete(pod.metadata.name)
-                    left += 1
         return left
 
     def probe(self) -> list[str]:
@@ -543,7 +543,9 @@ def reap(settings: config.Kubernetes | None = None) -> int:
     A cluster that does not answer keeps what it has.
     """
     try:
-        return cluster((settings or config.Kubernetes()).namespace).reap()
+        here = cluster((settings or config.Kubernetes()).namespace)
+        before, here.found = here.found, 0
+        return before + here.reap()
     except BackendDown:
         return 0
 
