@@ -11,6 +11,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as there are cores: a second thread each only waits
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """For `-n N --dist loadgroup`: a file is one process's, and so are all files with the cluster, or with the engine.
+
+    Those come first, since they take longest; without `-n` they only do that.
+    """
+    shared = {
+        "cluster": lambda item: "cluster" in item.fixturenames,
+        "engine": lambda item: item.get_closest_marker("docker"),
+    }
+    group = {item.path: name for name, uses in shared.items() for item in items if uses(item)}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group.get(item.path, item.path.name)))
+    order = [*shared, ""]
+    items.sort(key=lambda item: order.index(group.get(item.path, "")))
 
 
 @pytest.fixture(scope="session")
