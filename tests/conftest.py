@@ -9,10 +9,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as there are cores: a second thread each only waits
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("whole", deadline=None)  # a busy machine is no failure
+settings.load_profile("whole")
 
 
 def pytest_collection_modifyitems(items):
