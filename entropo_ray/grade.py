@@ -491,7 +491,7 @@ def patience_s(cfg: config.Sandbox, *, setup_s: float) -> float:
 
 
 def _after(first: Verdict, second: Verdict) -> Verdict:
-    """The second verdict, which had more room, and what both took."""
+    """The second of two verdicts, and what both took."""
     return dataclasses.replace(second, runs=first.runs + second.runs, seconds=first.seconds + second.seconds)
 
 
@@ -512,7 +512,7 @@ def _confirmed(first: Verdict, again: Verdict) -> Verdict:
         return both
     passed = tuple(test for test in first.passed if test in again.passed)
     failed = tuple(dict.fromkeys((*first.failed, *again.failed)))
-    said = f"{first.grade} in {first.runs} of {both.runs} runs ({first.reason}), {again.grade} in the last"
+    said = f"{first.grade} ({first.reason}), and {again.grade} in run {both.runs}"
     return dataclasses.replace(both, grade=Grade.FLAKY, passed=passed, failed=failed, reason=said)
 
 
