@@ -139,6 +139,8 @@ async def _rows(
     unread: dict[str, str] = {}
     names = rows.Images(templates=source.images, mirror=source.mirror)
     mined = rows.read(source.rows, images=names, held_out=source.held_out, seed=source.seed, refused=unread)
+    if mined and Path(mined[0].task.image).is_absolute():
+        raise ValueError(f"source.rows={source.rows}: a pack of directories is used as it is; give it as tasks.path")
     mined = _parsed(mined[: source.limit], unread)
 
     async def prove(m: pack.Mined) -> pack.Ruling:

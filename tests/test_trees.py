@@ -11,12 +11,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from test_rows import SWEGYM, as_jsonl
+from test_rows import SWEBENCH, SWEGYM, as_jsonl
 
 from entropo_ray import config, curate, grade, ingest
 from entropo_ray.records import Grade, Verdict
 from entropo_ray.sandbox import ImageMissing, SandboxError
-from entropo_ray.tasks import pack, rows, scrub, trees
+from entropo_ray.tasks import local, pack, rows, scrub, trees
 
 
 def archive(*entries):
@@ -313,6 +313,21 @@ def test_rows_need_docker(tmp_path):
     source = config.Source(kind="rows", rows=str(tmp_path))
     with pytest.raises(ValueError, match=r"rollout\.sandbox\.backend=bwrap: source\.kind=rows .*; give docker"):
         ingest.ingest(config.Pack(), config.Sandbox(), seed=0, to=tmp_path / "pack", source=source)
+
+
+def test_a_pack_of_directories_is_no_source_of_rows(tmp_path):
+    mined = local.generate(count=1, held_out=0, ambiguous=0, hidden=0, seed=1, to=tmp_path / "local")
+    pack.write(tmp_path / "local", mined)
+    source, journal = config.Source(kind="rows", rows=str(tmp_path / "local")), curate.Journal(tmp_path / "journal")
+    with pytest.raises(ValueError, match=r"source\.rows=.*: a pack of directories is used as it is; .*tasks\.path"):
+        asyncio.run(ingest._rows(config.Pack(), source, config.Sandbox(), journal, tmp_path))
+
+
+def test_rows_with_an_unknown_parser_are_left_out(tmp_path):
+    as_jsonl(tmp_path / "set", [SWEBENCH, SWEBENCH | {"instance_id": "x-1", "log_parser": "parse_log_x"}])
+    unread = {}
+    assert [m.task.id for m in ingest._parsed(rows.read(tmp_path), unread)] == [SWEBENCH["instance_id"]]
+    assert unread["x-1"].startswith("x-1: parser=parse_log_x: not among the")
 
 
 def test_answers_leave_out_what_is_unstable(tmp_path):
