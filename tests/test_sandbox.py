@@ -999,6 +999,23 @@ def test_launchers_that_begin_and_end_together_leave_each_other_their_groups(tmp
     assert not Path(groups.memory).exists()
 
 
+@pytest.mark.parametrize("unified", [False, True])
+def test_limits_are_written_in_the_words_of_each_version(tmp_path, unified):
+    """On plain directories: which file gets which word, not that a kernel takes it (only version 1 runs here)."""
+    roots = [tmp_path] * 3 if unified else [tmp_path / name for name in ("memory", "pids", "cpu")]
+    memory, pids, cpu = map(str, roots)
+    groups = cgroup.Groups(memory, pids, unified=unified, cpu=cpu)
+    cgroup.claim(groups, "owner")
+    cgroup.Group(groups, "owner/box", memory_mb=3, pids=7, cpu=1.5)
+    written = {path.name: path.read_text() for path in tmp_path.rglob("box/*")}
+    if unified:
+        assert written == {"memory.max": "3145728", "memory.swap.max": "0", "pids.max": "7", "cpu.max": "150000 100000"}
+        assert all((path / "cgroup.subtree_control").exists() for path in (tmp_path, tmp_path / "owner"))
+    else:
+        limits = {"memory.limit_in_bytes": "3145728", "memory.memsw.limit_in_bytes": "3145728", "pids.max": "7"}
+        assert written == limits | {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "150000"}
+
+
 def test_a_missing_bubblewrap_is_named(image, monkeypatch, tmp_path):
     monkeypatch.setattr(bwrap, "_clients", [])
     monkeypatch.setenv("PATH", str(tmp_path))
