@@ -235,6 +235,7 @@ def _small() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and clear up
     try:
         with running():
             sys.exit(subprocess.run([_small() if word == "IMAGE" else word for word in sys.argv[1:]]).returncode)
