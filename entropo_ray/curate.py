@@ -73,7 +73,7 @@ class Outcome:
 
 
 class Journal:
-    """What was tried, one JSON object a line, by task id and the digest of all that it depends on."""
+    """What was tried, one JSON object a line, by the digest of all that it depends on."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -88,13 +88,14 @@ class Journal:
     def get(self, key: str) -> dict[str, Any] | None:
         return self._known.get(key)
 
-    def put(self, key: str, **said: Any) -> None:
+    def put(self, key: str, **said: Any) -> dict[str, Any]:
         self._known[key] = {"key": key, **said}
         # a cut line before it must not spoil this one
         with self._path.open("ab") as file:
             file.write(b"\n" + json.dumps(self._known[key]).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        return self._known[key]
 
     def close(self) -> None:
         """Forget all of it: the pack is whole."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -55,18 +54,16 @@ def ingest(
             "bwrap, or tasks.path of a pack whose images are to be had there"
         )
     _ready(box)
-    partial = store.fresh(to)
+    journal = curate.Journal(to.with_name(f".{to.name}.journal"))
     if source.kind == "local":
-        numbers = _local(cfg, box, seed=seed, to=partial)
+        numbers = _local(cfg, box, seed=seed, to=(partial := store.fresh(to)))
     elif source.kind == "rows":
-        journal = curate.Journal(to.with_name(f".{to.name}.journal"))
-        numbers = asyncio.run(_rows(cfg, source, box, journal, partial))
+        numbers = asyncio.run(_rows(cfg, source, box, journal, partial := store.fresh(to)))
     else:
-        numbers = asyncio.run(_inject(cfg, source, box, partial))
+        numbers = asyncio.run(_inject(cfg, source, box, journal, partial := store.beside(to)))
     (partial / _MADE_WITH).write_text(json.dumps(settings) + "\n")
     partial.replace(to)
-    if source.kind == "rows":
-        journal.close()
+    journal.close()
     return numbers
 
 
@@ -91,45 +88,62 @@ def _local(cfg: config.Pack, box: config.Sandbox, *, seed: int, to: Path) -> dic
     return _numbers(len(mined))
 
 
-async def _inject(cfg: config.Pack, source: config.Source, box: config.Sandbox, to: Path) -> dict[str, float]:
-    """Tasks of every package, those alone that hold; provenance.jsonl and report.json tell the rest."""
+async def _inject(
+    cfg: config.Pack, source: config.Source, box: config.Sandbox, journal: curate.Journal, to: Path
+) -> dict[str, float]:
+    """Tasks of every package, those alone that hold; provenance.jsonl and report.json tell the rest.
+
+    A package that an interrupted run had finished is not tried again.
+    """
     report: dict[str, Any] = {}
     kept: list[Injected] = []
+    same = {key: value for key, value in config.section(source).items() if key not in ("package", "fetch_s")}
+    version = json.dumps([grade.GRADER_VERSION, cfg.runs, config.section(box), same])
     with tempfile.TemporaryDirectory() as scratch:
         benches = factory.benches(source, box, to=to, scratch=Path(scratch))
         for bench in benches:
-            try:
-                made, facts = await factory.make(bench, source, to=to)
-            except ValueError as error:  # one package without usable tests does not spoil the others
-                if len(benches) == 1:
-                    raise
-                observe.log.info("%s", error)
-                report[bench.project.name] = {"kept": 0, "error": str(error), "refused": {}}
-                continue
-            began = time.monotonic()
-            held: list[Injected] = []
-            spare = made
-            while spare and len(held) < source.count:
-                wanted = source.count - len(held)
-                held += await _holding(spare[:wanted], box, runs=cfg.runs, facts=facts)
-                spare = spare[wanted:]
-            facts |= {"kept": len(held), "spare": len(spare), "validate_s": round(time.monotonic() - began, 1)}
-            report[bench.project.name] = facts
-            kept += held
-            _forget([one for one in made if one not in held])
-            observe.log.info("%s: %s", bench.project.name, json.dumps(facts))
+            key = curate.digest(version, bench.project.digest, layer.digest(bench.project.tree))
+            if not (said := journal.get(key)):
+                try:
+                    held, facts = await _package(cfg, source, box, bench, to)
+                except ValueError as error:  # one package without usable tests does not spoil the others
+                    if len(benches) == 1:
+                        raise
+                    observe.log.info("%s", error)
+                    said = {"facts": {"kept": 0, "error": str(error), "refused": {}}, "tasks": []}
+                else:
+                    said = journal.put(key, facts=facts, tasks=[inject.row(one) for one in held])
+            report[bench.project.name] = said["facts"]
+            kept += map(inject.of_row, said["tasks"])
     if not kept:
         reasons = "; ".join(str(facts.get("error") or facts["refused"]) for facts in report.values())
         raise ValueError(
             f"source.package={source.package}: no task holds: {reasons}; give other packages or more tries"
         )
     kept = inject.split(kept, source)
+    pack.sweep(to, [one.mined.task for one in kept])
     pack.lines(to / "provenance.jsonl", (one.provenance for one in kept))
     (to / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     tasks.write(to, [one.mined for one in kept])
     refused = Counter(factory.refusals(report))
     test = sum(one.mined.task.split == "test" for one in kept)
     return _numbers(len(kept), refused) | {"test": float(test)}
+
+
+async def _package(
+    cfg: config.Pack, source: config.Source, box: config.Sandbox, bench: factory.Workshop, to: Path
+) -> tuple[list[Injected], dict[str, Any]]:
+    """The tasks of one package that hold, and what was tried. ValueError, one line, if it has no usable tests."""
+    spare, facts = await factory.make(bench, source, to=to)
+    began = time.monotonic()
+    held: list[Injected] = []
+    while spare and len(held) < source.count:
+        wanted = source.count - len(held)
+        held += await _holding(spare[:wanted], box, runs=cfg.runs, facts=facts)
+        spare = spare[wanted:]
+    facts |= {"kept": len(held), "spare": len(spare), "validate_s": round(time.monotonic() - began, 1)}
+    observe.log.info("%s: %s", bench.project.name, json.dumps(facts))
+    return held, facts
 
 
 async def _rows(
@@ -188,11 +202,6 @@ async def _holding(
     for task_id, reasons in refused.items():
         observe.log.debug("%s: refused: %s", task_id, "; ".join(reasons))
     return [one for one in made if one.mined.task.id not in refused]
-
-
-def _forget(left_out: Sequence[Injected]) -> None:
-    for one in left_out:
-        shutil.rmtree(one.mined.task.image)
 
 
 def check(

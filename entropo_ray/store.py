@@ -282,9 +282,14 @@ def parts_of(product: Path) -> list[Path]:
 
 def fresh(product: Path) -> Path:
     """An empty directory beside the product, to be published with `publish`."""
+    shutil.rmtree(beside(product))
+    return beside(product)
+
+
+def beside(product: Path) -> Path:
+    """The same as it was left, for who knows what of it is whole."""
     partial = product.with_name(f".{product.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
     return partial
 
 

@@ -443,6 +443,33 @@ def test_a_package_whose_tests_notice_nothing_is_an_error_in_one_line(tmp_path):
     assert not (tmp_path / "pack").exists()
 
 
+def test_an_interrupted_run_tries_no_finished_package_again(tmp_path, monkeypatch):
+    first = lay(tmp_path / "first", FILES)
+    later = {**FILES, "pyproject.toml": FILES["pyproject.toml"].replace("tiny-words", "tiny-more")}
+    source = source_of(f"{first},{lay(tmp_path / 'later', later)}", count=2)
+    make, tried = ingest.factory.make, []
+
+    async def one_alone(bench, *rest, **words):
+        tried.append(bench.project.name)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return await make(bench, *rest, **words)
+
+    monkeypatch.setattr(ingest.factory, "make", one_alone)
+    to = tmp_path / "pack"
+    with pytest.raises(KeyboardInterrupt):
+        ingest.ingest(config.Pack(), BOX, seed=0, to=to, source=source)
+    assert not to.exists()
+    (tmp_path / ".pack.partial" / "repos" / "half-made").mkdir()
+    assert ingest.ingest(config.Pack(), BOX, seed=0, to=to, source=source)["tasks"] == 4
+    assert tried == ["tiny-words", "tiny-more", "tiny-more"]
+    assert list(json.loads((to / "report.json").read_text())) == ["tiny-words", "tiny-more"]
+    suite = tasks.load(config.Tasks(path=str(to), split="all"))
+    assert sorted(path.name for path in (to / "repos").iterdir()) == sorted(task.id for task in suite)
+    assert ingest.check(config.Pack(), BOX, path=to)["tasks"] == 4
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 # --- the site ---------------------------------------------------------------------------------------------------------
 
 

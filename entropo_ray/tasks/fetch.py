@@ -111,8 +111,11 @@ def fetch(word: str, to: Path, *, timeout_s: float) -> Project:
 def furnish(project: Project, to: Path, *, timeout_s: float) -> list[str]:
     """Make the site of a project at `to`; requirements of its tests that are not to be had, which are left out.
 
-    ValueError, one line, when a requirement of the project itself is not to be had as a wheel.
+    One that is there already stays. ValueError, one line, when a requirement of the project itself is not to be had as
+    a wheel.
     """
+    if to.is_dir():
+        return []
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

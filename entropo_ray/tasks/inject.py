@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from entropo_ray import config
-from entropo_ray.records import Answer, File, Task
+from entropo_ray.records import Answer, File, Task, from_row, to_row
 from entropo_ray.tasks import diffs, issues, mutations
 from entropo_ray.tasks.fetch import Project
 from entropo_ray.tasks.mutations import Code, Function, Mutation
@@ -78,6 +78,17 @@ class Injected:
 
     def in_split(self, split: str) -> Injected:
         return replace(self, mined=replace(self.mined, task=replace(self.mined.task, split=split)))
+
+
+def row(one: Injected) -> dict[str, Any]:
+    """As JSON has it, whole."""
+    return {"task": to_row(one.mined.task), "answer": to_row(one.mined.answer), "provenance": one.provenance}
+
+
+def of_row(said: Mapping[str, Any]) -> Injected:
+    """The way back from `row`."""
+    mined = Mined(from_row(Task, said["task"]), from_row(Answer, said["answer"]))
+    return Injected(mined=mined, provenance=said["provenance"])
 
 
 def file_of(test: str) -> str:

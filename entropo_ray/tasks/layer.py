@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +26,16 @@ def commit(homes: Mapping[Path, bool], *, ignored: bool = False) -> None:
         _git(Path(scratch), "init", "--initial-branch=main", "--template=")
         work = partial(_repository, Path(scratch, ".git"), ignored=ignored)
         list(pool.map(work, homes.keys(), homes.values()))
+
+
+def digest(home: Path) -> str:
+    """Of the files below a directory: names, bytes and whether they are executable."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for p in home.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        head = [str(path.relative_to(home)), os.access(path, os.X_OK), len(data)]
+        found.update(json.dumps(head).encode() + data)
+    return found.hexdigest()
 
 
 def _repository(empty: Path, home: Path, committed: bool, *, ignored: bool) -> None:

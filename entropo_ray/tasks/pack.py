@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,6 +93,15 @@ def write(to: Path, mined: Sequence[Mined]) -> None:
     lines(to / _TASKS, (to_row(_relative(m.task, to)) for m in mined))
     lines(to / _ANSWERS, (to_row(m.answer) for m in mined if m.task.split != PRACTICE))
     _aside(to / _DONE, json.dumps({"tasks": len(mined)}) + "\n")
+
+
+def sweep(to: Path, wanted: Sequence[Task]) -> None:
+    """Remove the repositories and sites below `to` that none of these tasks has."""
+    used = {Path(place) for task in wanted for place in (task.image, task.site) if place}
+    for folder in (_REPOS, _SITES):
+        for place in (_absolute(to) / folder).glob("*"):
+            if place not in used:
+                shutil.rmtree(place)
 
 
 def whole(path: Path) -> bool:
