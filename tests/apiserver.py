@@ -170,6 +170,7 @@ class Server:
         self.agreed: list[str] = []
         self.asked: list[str] = []
         self.pings = 0
+        self.renewing: list[str] = []  # each of these Leases right after the next look at all
         self.commands: list[web.WebSocketResponse] = []
         self.version = 0
         self.listeners: list[asyncio.Queue[tuple[str, dict[str, Any]]]] = []
@@ -332,7 +333,10 @@ class Server:
 
     async def list_leases(self, request: web.Request) -> web.Response:
         items = [lease for lease in self.leases.values() if "entropo.owner" in lease["metadata"].get("labels", {})]
-        return web.json_response({"kind": "LeaseList", "metadata": {}, "items": items})
+        answer = web.json_response({"kind": "LeaseList", "metadata": {}, "items": items})
+        while self.renewing:
+            self._kept(self.leases[self.renewing.pop()])
+        return answer
 
     async def read_lease(self, request: web.Request) -> web.Response:
         return web.json_response(self._lease(request))
@@ -370,6 +374,9 @@ class Server:
     async def stub(self, request: web.Request) -> web.Response:
         told = await request.json()
         if told.get("reset"):
+            for pod in list(self.pods.values()):
+                self._delete(pod)
+            self.leases.clear()
             self.rules, self.statuses, self.denied, self.asked, self.agreed = [], {}, [], [], []
             self.protocols = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
         self.images |= {name: self._image(directory) for name, directory in told.get("images", {}).items()}
@@ -391,6 +398,7 @@ class Server:
             self._kept(lease)
         for manifest in told.get("pods", []):
             self.pods[manifest["metadata"]["name"]] = Pod(self, manifest)
+        self.renewing += told.get("renewing", [])
         for name in told.get("forget", []):
             del self.leases[name]
         facts = {"pods": [pod.manifest for pod in self.pods.values()], "leases": list(self.leases.values())}

@@ -351,6 +351,11 @@ def test_the_agent_is_nobody_and_finds_its_place(server):
     assert not names(server)
 
 
+def test_git_does_not_doubt_a_volume_that_belongs_to_root(server):
+    done = run("stat -c %u .; GIT_CONFIG_NOSYSTEM=1 git status --porcelain; echo $?")
+    assert done.output == b"65534\n0\n"
+
+
 @pytest.mark.parametrize("protocols", [["v4.channel.k8s.io"], ["v5.channel.k8s.io"]])
 def test_long_words_and_much_input_cross_in_every_version(server, protocols):
     server.tell(protocols=protocols)
@@ -761,12 +766,25 @@ def test_reaping_removes_what_nobody_holds_and_nothing_else(server):
     assert "stale" not in {found["metadata"]["name"] for found in server.tell()["leases"]}
     assert reap("kubernetes") == 0
     server.tell(leases=[lease("stale", 90)], pods=[pod("old", "stale")])
-    server.tell(rules=[rule(r"DELETE .*/leases/stale", 409, "the object has been modified")])
-    assert (reap("kubernetes"), names(server, lease="stale")) == (0, ["old"])  # renewed between two looks
+    server.tell(renewing=["stale"])
+    assert (reap("kubernetes"), names(server, lease="stale")) == (0, ["old"])  # renewed since it was looked at
     assert (reap("kubernetes"), names(server, lease="stale")) == (1, [])
     server.tell(forget=["fresh"])
     assert reap("kubernetes") == 1
     assert [p["metadata"]["name"] for p in server.pods] == ["foreign"]
+
+
+def test_the_servers_clock_decides_and_not_ours(server, monkeypatch):
+    now = time.time
+    server.tell(leases=[lease("fresh", 5), lease("stale", 90)], pods=[pod("held", "fresh"), pod("old", "stale")])
+    for ahead_s in (1000, -1000):
+        monkeypatch.setattr(backend.time, "time", lambda ahead_s=ahead_s: now() + ahead_s)
+        reap("kubernetes")
+        assert [p["metadata"]["name"] for p in server.pods] == ["held"]
+    backend.cluster("entropo-sandbox")._lease.owner()
+    (mine,) = [found for found in server.tell()["leases"] if found["metadata"]["name"] != "fresh"]
+    renewed = datetime.datetime.fromisoformat(mine["spec"]["renewTime"]).timestamp()
+    assert abs(renewed - now()) < 10
 
 
 KILLED = """
