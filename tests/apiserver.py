@@ -374,24 +374,14 @@ class Server:
     async def stub(self, request: web.Request) -> web.Response:
         told = await request.json()
         if told.get("reset"):
-            for pod in list(self.pods.values()):
-                self._delete(pod)
-            self.leases.clear()
-            self.rules, self.statuses, self.denied, self.asked, self.agreed = [], {}, [], [], []
-            self.protocols = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
+            self._reset()
+        await self._shake(cut=told.get("cut", False), ping=told.get("ping", False))
         self.images |= {name: self._image(directory) for name, directory in told.get("images", {}).items()}
         self.rules += told.get("rules", [])
         self.statuses |= told.get("statuses", {})
         self.denied = told.get("denied", self.denied)
         self.policies = told.get("policies", self.policies)
         self.protocols = told.get("protocols", self.protocols)
-        for connection in self.commands if told.get("cut") else []:
-            if connection._req is not None and connection._req.transport is not None:
-                connection._req.transport.abort()
-        if told.get("ping"):
-            for connection in self.commands:
-                with contextlib.suppress(ConnectionError):
-                    await connection.ping()
         for name, status in told.get("fail", {}).items():
             self.pods[name].fail(status)
         for lease in told.get("leases", []):
@@ -403,6 +393,22 @@ class Server:
             del self.leases[name]
         facts = {"pods": [pod.manifest for pod in self.pods.values()], "leases": list(self.leases.values())}
         return web.json_response(facts | {"asked": self.asked, "agreed": self.agreed, "pings": self.pings})
+
+    def _reset(self) -> None:
+        for pod in list(self.pods.values()):
+            self._delete(pod)
+        self.leases.clear()
+        self.rules, self.statuses, self.denied, self.asked, self.agreed = [], {}, [], [], []
+        self.protocols = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
+
+    async def _shake(self, *, cut: bool, ping: bool) -> None:
+        """Every connection to a command."""
+        for connection in self.commands:
+            if cut and connection._req is not None and connection._req.transport is not None:
+                connection._req.transport.abort()
+            if ping:
+                with contextlib.suppress(ConnectionError):
+                    await connection.ping()
 
     def _image(self, directory: str) -> str:
         """A copy of the mount, where the agent's user can reach it."""
