@@ -126,7 +126,7 @@ def _copy_tree(git: _Git, tree: str, to: _Git) -> None:
             env=git.env,
         )
         try:
-            to.run("unpack-objects", "-q", stdin=packing.stdout)
+            to.run("index-pack", "--stdin", stdin=packing.stdout)  # one file: it is copied for every sandbox
             if packing.wait(git.left()):
                 errors.seek(0)
                 raise RuntimeError(f"git pack-objects in {git.repo} failed: {_last(errors.read())}")
