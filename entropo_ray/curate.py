@@ -168,7 +168,8 @@ class Curator:
         return found
 
     def _key(self, recipe: Recipe, m: Mined) -> str:
-        return digest(self._version, recipe.key, json.dumps(to_row(m.task)), json.dumps(to_row(m.answer)))
+        rows = (json.dumps(to_row(m.task)), json.dumps(to_row(m.answer)))
+        return digest(self._version, self._name(recipe), *rows)
 
     def _name(self, recipe: Recipe) -> str:
         prefix = f"{self._source.push.rstrip('/')}/" if self._source.push else ""
@@ -210,7 +211,7 @@ class Curator:
                 raise
             except SandboxError as error:
                 said = error
-                observe.log.info("%s: %s", m.task.id, error)
+                observe.log.info("%s: %s", m.task.id, said)
                 continue
             if not ruling.reasons and self._source.push:
                 try:
