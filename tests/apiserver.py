@@ -49,6 +49,7 @@ class Pod:
         self.box: asyncio.subprocess.Process | None = None
         self.spaces: list[int] = []
         self.volumes: dict[str, str] = {}
+        self.attached: list[web.WebSocketResponse] = []
         self.tasks: list[asyncio.Task[None]] = []
         manifest["metadata"] |= {"uid": uuid.uuid4().hex, "creationTimestamp": "2026-01-01T00:00:00Z"}
         self.say({"phase": "Pending"})
@@ -76,13 +77,14 @@ class Pod:
                 return self.say({"phase": "Failed", "initContainerStatuses": [{"state": {"terminated": ended}}]})
         reading, writing = os.pipe()
         container = self.spec["containers"][0]
-        self.box = await self._start(container, image, info=writing, stdin=subprocess.PIPE)
+        self.box = await self._start(container, image, info=writing, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         os.close(writing)
         with os.fdopen(reading) as facts:
             pid = json.loads(await asyncio.to_thread(facts.read))["child-pid"]
         while _preparing(pid):  # noqa: ASYNC110 (nothing tells of its end)
             await asyncio.sleep(0.005)
         self.spaces = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY) for name in _SPACES]
+        self.tasks.append(asyncio.create_task(self._tell_attached()))
         self.say({"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]})
         self.tasks.append(asyncio.create_task(self._expire(self.spec["activeDeadlineSeconds"])))
         code = await self.box.wait()
@@ -90,6 +92,18 @@ class Pod:
             ended = {"exitCode": code, "reason": "Error"}
             self.say({"phase": "Failed", "containerStatuses": [{"state": {"terminated": ended}}]})
         return None
+
+    async def _tell_attached(self) -> None:
+        """What its first process says, to whoever listens now."""
+        while data := await self.box.stdout.read(1 << 15):
+            heard = [] if self.server.unheard else list(self.attached)
+            self.server.unheard = max(0, self.server.unheard - 1)
+            for connection in heard:
+                with contextlib.suppress(ConnectionError):
+                    await connection.send_bytes(b"\1" + data)
+        for connection in list(self.attached):
+            with contextlib.suppress(ConnectionError):
+                await connection.close()
 
     async def _expire(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -171,6 +185,7 @@ class Server:
         self.asked: list[str] = []
         self.pings = 0
         self.renewing: list[str] = []  # each of these Leases right after the next look at all
+        self.unheard = 0  # what first processes say so many times is lost
         self.commands: list[web.WebSocketResponse] = []
         self.version = 0
         self.listeners: list[asyncio.Queue[tuple[str, dict[str, Any]]]] = []
@@ -282,9 +297,11 @@ class Server:
         self.commands.append(connection)
         self.agreed.append(connection.ws_protocol or "")
         if request.match_info["how"] == "attach":
+            pod.attached.append(connection)
             async for message in connection:
                 if message.type == WSMsgType.BINARY and pod.box.stdin is not None:
                     pod.box.stdin.write(message.data[1:])
+            pod.attached.remove(connection)
             return connection
         process = await pod.enter(request.query.getall("command"))
         giving = asyncio.create_task(self._give(connection, process))
@@ -382,6 +399,7 @@ class Server:
         self.denied = told.get("denied", self.denied)
         self.policies = told.get("policies", self.policies)
         self.protocols = told.get("protocols", self.protocols)
+        self.unheard = told.get("unheard", self.unheard)
         for name, status in told.get("fail", {}).items():
             self.pods[name].fail(status)
         for lease in told.get("leases", []):

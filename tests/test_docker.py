@@ -271,7 +271,7 @@ def test_nothing_survives_the_end_of_a_command(image, ending):
 
 
 def test_a_command_that_kills_all_hurts_only_itself(image):
-    all_, first = alive_afterwards(image, "sleep 60 & (kill -9 -1); echo never", "kill -9 1; echo still")
+    all_, first = alive_afterwards(image, "sleep 60 & (kill -9 -1); echo never", "kill -9 1; kill -INT 1; echo still")
     assert (all_.exit_code, all_.output) == (137, b"")
     assert first.output.endswith(b"still\n")
 
@@ -526,6 +526,16 @@ def test_an_image_without_a_commit_is_not_the_agents_fault(docker_host, tmp_path
     git(tmp_path, "init", "-q")
     with pytest.raises(SandboxError, match="image's own git"):
         patch_of(engine.image_of(tmp_path), "true")
+    assert gone(ours)
+
+
+def test_a_work_directory_that_does_not_fit_is_said(image):
+    here, spec = backend.engine(), SandboxSpec(image, limits=SMALL)
+    known = here.image(spec)
+    seed = here.seed(known, spec)
+    settings = backend._settings(spec, known, seed, {spec.workdir: 4096}, 60, fill=spec.workdir)
+    with pytest.raises(SandboxError, match=r"cannot be copied: tar: (.|\n)*No space left"):
+        here._start(settings, 60, seed.tar)
     assert gone(ours)
 
 

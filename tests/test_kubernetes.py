@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from entropo_ray.sandbox import (
     SandboxSpec,
     cgroup,
     channels,
+    machine,
     open_sandbox,
     pods,
     probe,
@@ -416,7 +418,12 @@ def test_the_first_process_kills_all_others_when_it_is_told_to(server):
         (name,) = names(server)
         running = asyncio.create_task(sandbox.exec("echo on; sleep 60"))
         await asyncio.sleep(1)
-        await asyncio.to_thread(backend.cluster("entropo-sandbox").kill_all, name)
+        said, told = bytearray(), threading.Event()
+        cluster = backend.cluster("entropo-sandbox")
+        asked = await asyncio.to_thread(cluster.ask, name, "word", b"", said.extend, told)
+        assert not asked.ended(2, start_s=10)
+        asked.close()
+        assert b"settled word\n" in said  # there are two answers: the command asks as well
         return await running, await sandbox.exec("echo alive")
 
     killed, after = inside(work)
@@ -624,6 +631,25 @@ def test_a_connection_that_is_not_made_is_tried_again_and_one_that_is_cut_is_a_l
         return again
 
     assert inside(work).output == b"again\n"
+
+
+def test_a_first_process_that_is_not_heard_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr(machine, "_ASK_S", 0.5)
+
+    async def work(sandbox):
+        rules = [rule(r"GET .*/attach", 500, times=2)]
+        await asyncio.to_thread(functools.partial(server.tell, rules=rules, unheard=2))
+        asked = len(attached())
+        done = await sandbox.exec("sleep 985 & head -c 100M /dev/zero > fill; echo $?")
+        return done, len(attached()) - asked, await sandbox.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+
+    def attached():
+        return [request for request in server.tell()["asked"] if request.endswith("/attach")]
+
+    done, asked, left = inside(work, cluster=config.Kubernetes(tree_mb=8))
+    assert (done.output[-2:], done.disk_full, done.oom) == (b"1\n", True, False)
+    assert asked >= 5  # refused, refused, unheard, unheard, answered
+    assert b"sleep 985" not in left.output
 
 
 def test_a_command_whose_connection_is_cut_has_no_exit_code(server):

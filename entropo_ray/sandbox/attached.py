@@ -6,6 +6,7 @@ command's output, and no byte can arrive before we listen.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import select
 import socket
@@ -119,20 +120,33 @@ class Attached(Connection):
     """
 
     def __init__(
-        self, connection: socket.socket, source: Source, sink: Sink, cut: threading.Event, key: str = ""
+        self,
+        connection: socket.socket,
+        source: Source,
+        sink: Sink,
+        cut: threading.Event,
+        *,
+        key: str = "",
+        first: bytes = b"\n",
     ) -> None:
-        super().__init__(connection, source, sink, cut)
-        self.key = key  # by which the engine knows the command
+        super().__init__(connection, source, sink, cut, first)
+        self.key = key  # by which the engine knows the command; the first process has none
         self._frames = bytearray()
 
     def _wrapped(self, data: bytes) -> bytes:
         return data
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended already
+            self._connection.shutdown(socket.SHUT_RDWR)  # the client's own handle is closed only when it is collected
+        super().close()
+
     def _quiet(self) -> None:
         """Nothing: no proxy is between."""
 
     def _input_ended(self) -> None:
-        self._connection.shutdown(socket.SHUT_WR)
+        if self.key:  # the first process will be asked again
+            self._connection.shutdown(socket.SHUT_WR)
 
     def _payloads(self, data: bytes) -> Iterator[bytes]:
         self._frames += data

@@ -6,8 +6,8 @@ the repository with `.git`, whose HEAD is the base; it brings bash, GNU tar, cor
 
 Everything runs as the agent, a user who owns nothing of the image. The root is read-only; what can be written is a
 tmpfs, bounded and counted as memory: the working directory (filled with a copy of the image's, which is not counted),
-/tmp, /home/agent and /dev/shm share `disk_mb` as 4 : 2 : 1 : 1. The first process sleeps until the sandbox's life is
-over, so a container ends even if everyone here is dead.
+/tmp, /home/agent and /dev/shm share `disk_mb` as 4 : 2 : 1 : 1. The first process waits until the sandbox's life is
+over, so a container ends even if everyone here is dead; it is asked through its input to kill what a command left.
 
 Engines are reached by a Unix socket or plain TCP (DOCKER_HOST), as their root's equals: never let an agent see one.
 """
@@ -41,9 +41,9 @@ from entropo_ray.sandbox import (
     keeper,
     marks,
 )
-from entropo_ray.sandbox.attached import GATE, Attached, Sink, Source
+from entropo_ray.sandbox.attached import Attached, Sink, Source
 from entropo_ray.sandbox.container import Container, threaded
-from entropo_ray.sandbox.keeper import ALONE, ENV, NAMES, OPEN_FILES
+from entropo_ray.sandbox.keeper import ENV, NAMES, OPEN_FILES
 from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.stage import AGENT, INODES
 
@@ -52,10 +52,6 @@ _FILL_S = 300.0
 _SEEDS = 8  # work trees kept in temporary files
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NO_ROOM = ("no space left", "cannot allocate memory", "resource temporarily unavailable", "too many open files")
-
-_FILL = f"""{GATE}
-{ALONE}exec tar -xpf - -C "$1" 2>&1
-"""
 
 
 @dataclass(frozen=True)
@@ -170,16 +166,7 @@ class Engine:
         seed = self.seed(image, spec)
         eighth = (spec.limits.disk_mb << 20) // 8
         places = {spec.workdir: 4 * eighth + seed.size, "/tmp": 2 * eighth, "/home/agent": eighth}
-        machine = self._start(_settings(spec, image, seed, places, life_s), places, life_s)
-        try:
-            code, said = machine.script(_FILL, spec.workdir, timeout_s=_FILL_S, source=seed.tar)
-            if code != 0:
-                what = said.text().decode(errors="replace").strip() or f"exit code {code}"
-                raise SandboxError(f"{spec.image}: its {spec.workdir} cannot be copied: {what}")
-        except BaseException:
-            machine.remove()
-            raise
-        return machine
+        return self._start(_settings(spec, image, seed, places, life_s, fill=spec.workdir), life_s, seed.tar)
 
     def clean(self, spec: SandboxSpec, cut: threading.Event) -> Machine[Attached]:
         """A container with room for a copy of a work tree and the objects of its changes."""
@@ -188,9 +175,9 @@ class Engine:
         room = Seed(seed.tar, 2 * seed.size + (4 * spec.limits.disk_mb << 20), 2 * (seed.inodes + INODES))
         places, life_s = {"/tmp": room.size}, 4 * spec.limits.exec_s + _FILL_S
         own = replace(spec, labels={**spec.labels, "role": "extract"}, env={})
-        return self._start(_settings(own, image, room, places, life_s), places, life_s)
+        return self._start(_settings(own, image, room, places, life_s), life_s)
 
-    def _start(self, settings: dict[str, Any], places: Mapping[str, int], life_s: float) -> Machine[Attached]:
+    def _start(self, settings: dict[str, Any], life_s: float, tree: Source = b"") -> Machine[Attached]:
         """One that fails half-way is removed, or left to the reaper: it was labelled when it was made."""
         name = f"entropo-{uuid.uuid4().hex[:16]}"
         if life_s <= 0:
@@ -199,10 +186,12 @@ class Engine:
             with asking(f"creating {name}", missing=ImageMissing):
                 self.client.containers.create(name=name, **settings)
                 self.client.api.start(name)
+            machine = Machine(self, name, life_s)
+            machine.fill(tree)
         except BaseException:
             self.remove(name)
             raise
-        return Machine(self, name, [*places, "/dev/shm"], life_s)
+        return machine
 
     def begin(
         self, name: str, words: Sequence[str], env: Mapping[str, str], source: Source, sink: Sink, cut: threading.Event
@@ -212,10 +201,13 @@ class Engine:
         how = {"stdin": True, "stderr": False, "user": f"{AGENT}:{AGENT}", "environment": dict(env), "workdir": "/"}
         with asking(name):
             key = api.exec_create(name, list(words), **how)["Id"]
-            stream = api.exec_start(key, socket=True)
-            connection = socket.socket(fileno=os.dup(stream.fileno()))
-            stream.close()
-        return Attached(connection, source, sink, cut, key)
+            return Attached(_taken(api.exec_start(key, socket=True)), source, sink, cut, key=key)
+
+    def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> Attached:
+        """Say a word, and then a tree, to the first process, which answers as soon as nobody else runs."""
+        with asking(name):
+            stream = self.client.api.attach_socket(name, params={"stdin": 1, "stdout": 1, "stream": 1})
+            return Attached(_taken(stream), tree, sink, cut, first=f"{word}\n".encode())
 
     def exit_code(self, name: str, attached: Attached) -> int | None:
         """None as long as the command runs."""
@@ -231,11 +223,6 @@ class Engine:
         except SandboxLost:
             return "it has ended"
 
-    def kill_all(self, name: str) -> None:
-        """Have the first process kill all others."""
-        with asking(name):
-            self.client.api.kill(name, "SIGUSR1")
-
     def remove(self, name: str) -> None:
         """Idempotent, never raises: what stays is labelled, and its deadline passes."""
         with contextlib.suppress(SandboxError), asking(f"removing {name}"):
@@ -249,6 +236,13 @@ class Engine:
         for name in left:
             self.remove(name)
         return len(left)
+
+
+def _taken(stream: Any) -> socket.socket:
+    """A connection of ours alone."""
+    connection = socket.socket(fileno=os.dup(stream.fileno()))
+    stream.close()
+    return connection
 
 
 def _measured(file: IO[bytes]) -> Seed | None:
@@ -277,13 +271,20 @@ def engine() -> Engine:
         return _engines[0]
 
 
-def _settings(spec: SandboxSpec, image: Image, more: Seed, places: Mapping[str, int], life_s: float) -> dict[str, Any]:
-    """A container that lives for `life_s`, with these writable places and `more` room and files than the limits."""
+def _settings(
+    spec: SandboxSpec, image: Image, more: Seed, places: Mapping[str, int], life_s: float, *, fill: str = ""
+) -> dict[str, Any]:
+    """A container that lives for `life_s`, with these writable places and `more` room and files than the limits.
+
+    It waits for the tar of `more` to `fill` a place with, if there is one.
+    """
     inodes = INODES + more.inodes
     wide = {**dict.fromkeys(image.volumes, 1 << 20), **places}  # a volume would be a disk without bounds
     return {
         "image": image.id,
-        "entrypoint": keeper.words(life_s),
+        "entrypoint": keeper.words(life_s, [*places, "/dev/shm"], fill=fill, size=len(more.tar)),
+        "stdin_open": True,
+        "detach": True,  # its input stays open when we leave
         "labels": marks.labels(spec, life_s),
         "user": f"{AGENT}:{AGENT}",
         "working_dir": "/",

@@ -43,10 +43,9 @@ from entropo_ray.sandbox import (
     marks,
     pods,
 )
-from entropo_ray.sandbox.attached import GATE, Sink, Source
+from entropo_ray.sandbox.attached import Sink, Source
 from entropo_ray.sandbox.channels import BOOT, Channels, Refused, dial, header
 from entropo_ray.sandbox.container import Container, threaded
-from entropo_ray.sandbox.keeper import ALONE
 from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.pods import BOX, Manifest, State
 
@@ -149,8 +148,7 @@ class Cluster:
 
     def agents(self, spec: SandboxSpec, life_s: float, cut: threading.Event) -> Machine[Channels]:
         """A pod with the image's work directory in it, the agent's to change."""
-        settings = spec.cluster or config.Kubernetes()
-        return self._start(pods.agents, spec, list(pods.writable(spec, settings)), life_s, cut)
+        return self._start(pods.agents, spec, life_s, cut)
 
     def clean(self, spec: SandboxSpec, cut: threading.Event) -> Machine[Channels]:
         """A pod with room for a copy of a work tree and the objects of its changes."""
@@ -163,13 +161,12 @@ class Cluster:
         )
         settings = spec.cluster or config.Kubernetes()
         life_s = 4 * spec.limits.exec_s + _FILL_S + settings.start_s
-        return self._start(pods.clean, own, ["/tmp"], life_s, cut)
+        return self._start(pods.clean, own, life_s, cut)
 
     def _start(
         self,
         manifest: Callable[[SandboxSpec, str, float, Manifest], Manifest],
         spec: SandboxSpec,
-        places: Sequence[str],
         life_s: float,
         cut: threading.Event,
     ) -> Machine[Channels]:
@@ -185,10 +182,8 @@ class Cluster:
         self._specs[name] = spec
         try:
             self._await(name, spec, start_s, until, cut)
-            machine = Machine(self, name, places, life_s)
-            code, said = machine.script(f"{GATE}{ALONE}", timeout_s=_ANSWER_S)
-            if code != 0:
-                raise SandboxLost(f"{name}: its first process does not come up: {said.text().decode(errors='replace')}")
+            machine = Machine(self, name, life_s)
+            machine.fill()
         except BaseException:
             self.remove(name)
             raise
@@ -259,6 +254,11 @@ class Cluster:
         query = {"container": BOX, "command": ["bash", "-c", BOOT], "stdin": "true", "stdout": "true"}
         return Channels(self._dialled(name, "exec", query), source, sink, cut, first)
 
+    def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> Channels:
+        """Say a word, and then a tree, to the first process, which answers as soon as nobody else runs."""
+        query = {"container": BOX, "stdin": "true", "stdout": "true"}
+        return Channels(self._dialled(name, "attach", query), tree, sink, cut, f"{word}\n".encode())
+
     def _dialled(self, name: str, how: str, query: Mapping[str, Any]) -> Any:
         until, pause_s = time.monotonic() + _PATIENCE_S, 0.2
         path = f"/api/v1/namespaces/{self.namespace}/pods/{name}/{how}"
@@ -300,13 +300,6 @@ class Cluster:
             return "it was deleted"
         now = pods.state(pod, spec)
         return now.reason if now.failed else ""
-
-    def kill_all(self, name: str) -> None:
-        """Have the first process kill all others: it reads its input, and needs no new process for that."""
-        query = {"container": BOX, "stdin": "true", "stdout": "false"}
-        attached = Channels(self._dialled(name, "attach", query), b"", lambda _: None, threading.Event(), b"kill\n")
-        with contextlib.suppress(TimeoutError), contextlib.closing(attached):
-            attached.ended(1.0, start_s=1.0)  # it does not end; what was sent needs a moment
 
     def remove(self, name: str) -> None:
         """Idempotent, never raises: what stays is labelled, and its deadline passes."""

@@ -1,7 +1,7 @@
 """One running container, seen from threads: commands of the agent, and scripts of ours.
 
 A command runs below a shell that kills all else of its user when the command ends, so that its output ends too; since
-the agent could have killed that shell, a second exec does the same again and tells of memory and disks.
+the agent could have killed that shell, the first process then does the same again and tells of memory and disks.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from entropo_ray.sandbox import BackendDown, ExecResult, SandboxError, SandboxLost
-from entropo_ray.sandbox.attached import GATE, Connection, Sink, Source
+from entropo_ray.sandbox.attached import GATE, READY, Connection, Sink, Source
+from entropo_ray.sandbox.keeper import SETTLED
 from entropo_ray.sandbox.output import Capture
 
 C = TypeVar("C", bound=Connection)
 
 _START_S = 60.0  # from a request until its command begins
+_FILL_S = 300.0
 _GRACE_S = 20.0  # for the end of what was killed
+_ASK_S = 5.0  # an answer may be lost where a connection is cut
 
 _RUN = f"""{GATE}
 exec 2>&1
@@ -31,13 +35,6 @@ code=$?
 kill -9 -1
 exit $code
 """
-_SETTLE = f"""{GATE}
-kill -9 -1
-cat /sys/fs/cgroup/memory/memory.oom_control /sys/fs/cgroup/memory.events 2>/dev/null
-stat -f -c 'free %f %d' "$@"
-echo settled
-"""
-_SETTLED = b"settled\n"
 
 
 class Engine(Protocol[C]):
@@ -54,8 +51,8 @@ class Engine(Protocol[C]):
     def fate(self, name: str) -> str:
         """Why the container is no more; empty as long as it runs."""
 
-    def kill_all(self, name: str) -> None:
-        """Have the first process kill all others."""
+    def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> C:
+        """Say a word, and then a tree, to the first process, which answers as soon as nobody else runs."""
 
     def remove(self, name: str) -> None:
         """Idempotent, never raises."""
@@ -64,10 +61,14 @@ class Engine(Protocol[C]):
 class Machine(Generic[C]):
     """One running container; its methods block."""
 
-    def __init__(self, engine: Engine[C], name: str, places: Sequence[str], life_s: float) -> None:
-        self._engine, self._name, self._places = engine, name, places
+    def __init__(self, engine: Engine[C], name: str, life_s: float) -> None:
+        self._engine, self._name = engine, name
         self._until = time.monotonic() + life_s
         self._kills = 0
+
+    def fill(self, tree: Source = b"") -> None:
+        """Before anything else: the first process takes the tree that it waits for, and gets out of reach."""
+        self._asked(_FILL_S, tree)
 
     def remove(self) -> None:
         self._engine.remove(self._name)
@@ -150,40 +151,47 @@ class Machine(Generic[C]):
     def _settle(self) -> tuple[bool, bool]:
         """Kill every process of the agent; whether memory ran out since the last time, and whether a disk is full.
 
-        A swarm can leave no process for this one, and one that kills whatever appears can defend itself; the first
-        process, which they cannot reach, then does it. What still cannot be settled is destroyed.
+        A swarm could leave no process for another exec, and one that kills whatever appears could keep it from its
+        work; the first process they cannot reach. What cannot be settled is destroyed.
         """
-        deadline = time.monotonic() + _GRACE_S
-        words = ["bash", "-c", _SETTLE, "bash", *self._places]
-        while not (facts := self._facts(words, deadline - time.monotonic())):
-            if time.monotonic() > deadline:
-                self.remove()
-                raise SandboxLost(f"{self._name}: its processes could not be killed in {_GRACE_S:.0f} s")
-            try:
-                self._engine.kill_all(self._name)
-            except SandboxError as error:
-                raise self._explained(error) from error
+        facts = [line.split() for line in self._asked(_GRACE_S).splitlines() if line]
         kills = sum(int(words[1]) for words in facts if words[0] == b"oom_kill")
         oom, self._kills = kills > self._kills, kills
         return oom, any(b"0" in words[1:] for words in facts if words[0] == b"free")
 
-    def _facts(self, words: Sequence[str], timeout_s: float) -> list[list[bytes]]:
-        """What settling says, word by word; nothing if it did not come to its end."""
-        said, enough = bytearray(), threading.Event()
+    def _asked(self, within_s: float, tree: Source = b"") -> bytes:
+        """What the first process says once it has killed all others."""
+        deadline = time.monotonic() + within_s
+        while (said := self._answer(within_s if tree else _ASK_S, tree)) is None:
+            if tree or time.monotonic() > deadline:
+                self.remove()
+                raise SandboxLost(f"{self._name}: its processes were not settled within {within_s:.0f} s")
+        return said
+
+    def _answer(self, patience_s: float, tree: Source) -> bytes | None:
+        """None: nothing was heard, and it may be asked again."""
+        word = uuid.uuid4().hex
+        said, told = bytearray(), threading.Event()
 
         def listen(data: bytes) -> None:
             said.extend(data)
-            if said.endswith(_SETTLED):
-                enough.set()  # the engine tells of no end while a killed command's output is unread
+            if said.endswith(b"%s %s\n" % (SETTLED, word.encode())):
+                told.set()
 
         try:
-            with self._attached(words, {}, b"", listen, enough) as attached:
-                self._ended(attached, max(1.0, timeout_s))
-        except (SandboxLost, BackendDown):
-            raise
-        except SandboxError:
-            return []
-        return [bytes(line).split() for line in said.splitlines() if line] if enough.is_set() else []
+            asked = self._engine.ask(self._name, word, tree, listen, told)
+        except SandboxError as error:
+            raise self._explained(error) from error
+        with contextlib.closing(asked), contextlib.suppress(TimeoutError):
+            over = asked.ended(patience_s, start_s=patience_s)
+            if told.is_set():
+                return bytes(said).rpartition(READY)[2]  # before it may be an answer that was waited for in vain
+            if over and tree and asked.complaint:
+                what = asked.complaint.decode(errors="replace").strip()
+                raise SandboxError(f"{self._name}: the work directory cannot be copied: {what}")
+            if over and (fate := self._engine.fate(self._name)):
+                raise self._explained(SandboxLost(f"{self._name}: {fate}"))
+        return None
 
     def _explained(self, error: SandboxError) -> SandboxError:
         """What is wrong, if it is that the container is no more."""

@@ -57,8 +57,9 @@ def agents(spec: SandboxSpec, name: str, life_s: float, owner: Manifest) -> Mani
     """A pod with the image's work directory in it, the agent's to change."""
     settings = spec.cluster or config.Kubernetes()
     bounds = _resources(settings, spec.limits.memory_mb + settings.tree_mb, _FULL_MB)
-    volumes = {place: _memory(size) for place, size in writable(spec, settings).items()} | {NAMES: _memory(1 << 16)}
-    box = _container(spec, BOX, keeper.words(life_s), bounds) | {"volumeMounts": _mounts(list(volumes)), "stdin": True}
+    places = writable(spec, settings)
+    volumes = {place: _memory(size) for place, size in places.items()} | {NAMES: _memory(1 << 16)}
+    box = _box(spec, keeper.words(life_s, places), bounds, list(volumes))
     fill = _container(spec, "fill", ["bash", "-c", _FILL, "bash", spec.workdir, _FILLED], bounds)
     fill |= {"volumeMounts": [{"name": "v0", "mountPath": _FILLED}]}
     return _pod(spec, name, life_s, owner, list(volumes.values()), {"initContainers": [fill], "containers": [box]})
@@ -70,7 +71,7 @@ def clean(spec: SandboxSpec, name: str, life_s: float, owner: Manifest) -> Manif
     room_mb = 2 * settings.tree_mb + 4 * spec.limits.disk_mb
     volumes = {"/tmp": {"emptyDir": {"sizeLimit": f"{room_mb}Mi"}}, NAMES: _memory(1 << 16)}
     bounds = _resources(settings, spec.limits.memory_mb, room_mb + _SPARE_MB)
-    box = _container(spec, BOX, keeper.words(life_s), bounds) | {"volumeMounts": _mounts(list(volumes)), "stdin": True}
+    box = _box(spec, keeper.words(life_s, ["/tmp"]), bounds, list(volumes))
     return _pod(spec, name, life_s, owner, list(volumes.values()), {"containers": [box]})
 
 
@@ -134,6 +135,10 @@ def _container(spec: SandboxSpec, name: str, words: list[str], resources: Manife
             "capabilities": {"drop": ["ALL"]},
         },
     }
+
+
+def _box(spec: SandboxSpec, words: list[str], resources: Manifest, places: list[str]) -> Manifest:
+    return _container(spec, BOX, words, resources) | {"volumeMounts": _mounts(places), "stdin": True}
 
 
 def _literal(word: str) -> str:
