@@ -2,7 +2,7 @@
 
 Nothing is pulled: the base image is a Debian made by debootstrap, kept as a tar in the user's cache directory.
 
-python tests/engine.py COMMAND [WORD ...]     # run it with DOCKER_HOST set; the word IMAGE becomes a small image's name
+python tests/engine.py COMMAND [WORD ...]     # run it with DOCKER_HOST set; IMAGE becomes a small image's name
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and clear up
     try:
         with running():
-            sys.exit(subprocess.run([_small() if word == "IMAGE" else word for word in sys.argv[1:]]).returncode)
+            words = [word.replace("IMAGE", _small()) if "IMAGE" in word else word for word in sys.argv[1:]]
+            sys.exit(subprocess.run(words).returncode)
     except pytest.skip.Exception as skipped:
         sys.exit(str(skipped))
