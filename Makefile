@@ -22,7 +22,7 @@ evaluate: env bubblewrap
 	$(PY) jobs/evaluate.py $(CONF) $(WORDS)
 
 test: env bubblewrap engine
-	$(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: env
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -3,7 +3,9 @@
 A second cluster in the same process would inherit the actors of the first.
 """
 
+import functools
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,20 +20,35 @@ settings.register_profile("whole", deadline=None)  # a busy machine is no failur
 settings.load_profile("whole")
 
 
-def pytest_collection_modifyitems(items):
-    """For `-n N --dist loadgroup`: a file is one process's, and so are all files with the cluster, or with the engine.
+SHARED = {
+    "cluster": r"\(.*\bcluster\b",
+    "engine": r"\bdocker_host\b|\bmark\.docker\b",
+}  # what a file with a user of each holds
 
-    Those come first, since they take longest; without `-n` they only do that.
-    """
-    shared = {
-        "cluster": lambda item: "cluster" in item.fixturenames,
-        "engine": lambda item: item.get_closest_marker("docker"),
-    }
-    group = {item.path: name for name, uses in shared.items() for item in items if uses(item)}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group.get(item.path, item.path.name)))
-    order = [*shared, ""]
-    items.sort(key=lambda item: order.index(group.get(item.path, "")))
+
+@functools.cache
+def group(path):
+    """With `-n N --dist loadfile` a file is one process's, and so are all with the cluster, or with the engine."""
+    text = (ROOT / path).read_text()
+    return next((name for name, users in SHARED.items() if re.search(users, text)), path)
+
+
+def pytest_collection_modifyitems(items):
+    """Those that take longest come first."""
+    order = [*SHARED, ""]
+    by_item = {item: group(str(item.path.relative_to(ROOT))) for item in items}
+    items.sort(key=lambda item: order.index(by_item[item] if by_item[item] in SHARED else ""))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Grouped(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return group(nodeid.partition("::")[0])
+
+    return Grouped(config, log)
 
 
 @pytest.fixture(scope="session")
