@@ -330,7 +330,7 @@ def attached(source=b""):
     """Our end of a connection to a command, its other end, and what was heard."""
     mine, theirs = socket.socketpair()
     heard, cut = bytearray(), threading.Event()
-    ours = Attached(mine, source, heard.extend, cut)
+    ours = Attached(mine, source, heard.extend, cut, key="a command")
     with theirs:
         yield ours, theirs, heard, cut
     ours.close()
