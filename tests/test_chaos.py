@@ -26,7 +26,7 @@ import pytest
 
 from entropo_ray import config, sandbox, store, tasks
 from entropo_ray.records import Outcome
-from entropo_ray.sandbox import cgroup, docker
+from entropo_ray.sandbox import cgroup, docker, marks
 from entropo_ray.sandbox.stage import STAGE
 from entropo_ray.tasks import local
 
@@ -146,7 +146,7 @@ def containers() -> list[str]:
     if not docker._engines:
         return []
     found = docker.engine().client.api.containers(all=True, filters={"label": "entropo.owner"})
-    return [container["Id"] for container in found if not docker._in_use(container["Labels"])]
+    return [container["Id"] for container in found if not marks.in_use(container["Labels"])]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from test_rows import R2EGYM, SWEBENCH, SWESMITH
 from test_scrub import commit, git, put
 
 from entropo_ray import config, curate, grade, ingest
-from entropo_ray.sandbox import BackendDown, SandboxSpec, limits, open_sandbox
+from entropo_ray.sandbox import BackendDown, SandboxSpec, limits, marks, open_sandbox
 from entropo_ray.sandbox import docker as backend
 from entropo_ray.sandbox import images as shelves
 from entropo_ray.tasks import diffs, pack, rows
@@ -209,7 +209,7 @@ def test_a_row_of_swebench_5_becomes_a_task_that_tells_nothing(home, tmp_path, d
     assert TOKEN not in (path / "tasks.jsonl").read_text() + (path / "provenance.jsonl").read_text()
     assert not list(tmp_path.glob(".pack*"))
     # a container that someone else makes of the image must not be taken for one of our dead
-    assert backend._in_use(shelves.shelf().labels(task.image))
+    assert marks.in_use(shelves.shelf().labels(task.image))
     assert ingest.check(PACK, BOX, path=path)["tasks"] == 1
 
 
