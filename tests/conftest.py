@@ -35,9 +35,8 @@ def group(path):
 
 def pytest_collection_modifyitems(items):
     """Those that take longest come first."""
-    order = [*SHARED, ""]
-    by_item = {item: group(str(item.path.relative_to(ROOT))) for item in items}
-    items.sort(key=lambda item: order.index(by_item[item] if by_item[item] in SHARED else ""))
+    order = {name: place for place, name in enumerate(SHARED)}
+    items.sort(key=lambda item: order.get(group(str(item.path.relative_to(ROOT))), len(order)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -37,23 +37,15 @@ from entropo_ray.sandbox import (
     patch,
 )
 from entropo_ray.sandbox.output import Drain
-from entropo_ray.sandbox.words import unspeakable
+from entropo_ray.sandbox.words import PLAIN, unspeakable
 
 _RUNNER = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 _ANSWER_S = 60.0  # beyond what the operation itself may take
 _INSTALL = "bubblewrap (the program bwrap) is not installed; on Debian or Ubuntu: apt-get install bubblewrap"
 _ENV = {
+    **PLAIN,
     "PATH": "/opt/runner/bin:/usr/bin:/usr/sbin:/bin:/sbin",
-    "HOME": "/home/agent",
-    "USER": "agent",
-    "LANG": "C.UTF-8",
-    "TZ": "UTC",
-    "TERM": "dumb",
-    "PAGER": "cat",
-    "GIT_PAGER": "cat",
     "PYTHONPATH": "/opt/runner/site",
-    "PYTHONHASHSEED": "0",
-    "PYTHONDONTWRITEBYTECODE": "1",
 }
 _SITE = {"PYTHONPATH": f"{_ENV['PYTHONPATH']}:/opt/site"}
 # the package is named by hand: its __init__ would load more than a process that forks all day should carry

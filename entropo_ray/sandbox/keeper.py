@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from entropo_ray.sandbox.words import PLAIN
+
 OPEN_FILES = 4096
 NAMES = "/opt/entropo"  # holds `python` where the image has only python3
-ENV = {
-    "HOME": "/home/agent",
-    "USER": "agent",
-    "LANG": "C.UTF-8",
-    "TZ": "UTC",
-    "TERM": "dumb",
-    "PAGER": "cat",
-    "GIT_PAGER": "cat",
+ENV = PLAIN | {
     "GIT_AUTHOR_NAME": "agent",
     "GIT_AUTHOR_EMAIL": "agent@localhost",
     "GIT_COMMITTER_NAME": "agent",
     "GIT_COMMITTER_EMAIL": "agent@localhost",
-    "PYTHONHASHSEED": "0",
-    "PYTHONDONTWRITEBYTECODE": "1",
 }
 
 _FIRST_S = 300  # until the first line, and from then until the tree has come

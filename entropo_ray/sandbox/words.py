@@ -1,9 +1,22 @@
-"""What no program can be given as a word; policies write anything."""
+"""What a program is given: its environment, and words, some of which none can be given; policies write anything."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+
+# what the agent finds in the environment, whatever the backend
+PLAIN = {
+    "HOME": "/home/agent",
+    "USER": "agent",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "TERM": "dumb",
+    "PAGER": "cat",
+    "GIT_PAGER": "cat",
+    "PYTHONHASHSEED": "0",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 
 
 def unspeakable(words: Iterable[str]) -> bytes:
