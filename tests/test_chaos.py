@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -41,6 +42,7 @@ VICTIMS = {  # what a command line holds -> how often it is drawn
 ENGINES = ("dockerd", "containerd")  # what runs or is run by an engine, but for what is inside
 RAYS = ("ray::", "/raylet", "/gcs_server", "/ray/_private/", "/ray/dashboard/")  # its own processes, and idle workers
 SAMPLES = 8
+PAUSE_S = 0.5, 40.0  # between two kills, log-uniform: in bursts, and with lulls in which stages end
 PR_SET_CHILD_SUBREAPER = 36
 SPARED: set[int] = set()  # processes of the test itself
 
@@ -108,7 +110,7 @@ def storm(home: Path, seconds: float, seed: int) -> collections.Counter[str]:
     while time.monotonic() < deadline:
         with driven(home) as driver:
             while driver.poll() is None and time.monotonic() < deadline:
-                time.sleep(rng.uniform(0.5, 4.0))
+                time.sleep(math.exp(rng.uniform(*map(math.log, PAUSE_S))))
                 alive = ours()
                 kinds = {kind: [pid for pid, line in alive.items() if kind in line] for kind in VICTIMS}
                 there = [kind for kind, pids in kinds.items() if pids]
@@ -142,11 +144,12 @@ def until(holds, seconds: float, what) -> None:
 
 
 def containers() -> list[str]:
-    """Containers of owners that are no more, where an engine is known."""
+    """Containers and volumes of owners that are no more, where an engine is known."""
     if not docker._engines:
         return []
-    found = docker.engine().client.api.containers(all=True, filters={"label": "entropo.owner"})
-    return [container["Id"] for container in found if not marks.in_use(container["Labels"])]
+    api, ours = docker.engine().client.api, {"label": "entropo.owner"}
+    found = [*api.containers(all=True, filters=ours), *(api.volumes(filters=ours)["Volumes"] or ())]
+    return [str(thing) for thing in found if not marks.in_use(thing["Labels"])]
 
 
 @contextlib.contextmanager

@@ -125,6 +125,13 @@ def test_the_agent_has_no_rights_and_no_network(image):
         "setpriv --reuid 0 true",
     ]
     connect = "import socket; socket.create_connection(('10.0.0.1', 80), 2)"
+    itself = """if True:
+        import socket
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            for name in "localhost", socket.gethostname():
+                socket.create_connection((name, server.getsockname()[1]), 2)
+                print(name, socket.gethostbyname(name), end=" ")
+    """
     look_up = "import socket; socket.getaddrinfo('example.org', 80)"
 
     async def work(sandbox):
@@ -137,6 +144,7 @@ def test_the_agent_has_no_rights_and_no_network(image):
             assert (await sandbox.exec(word)).exit_code != 0, word
         assert b"unreachable" in (await sandbox.exec(["python", "-c", connect])).output
         assert b"gaierror" in (await sandbox.exec(["python", "-c", look_up])).output
+        assert (await sandbox.exec(["python", "-c", itself])).output == b"localhost 127.0.0.1 sandbox 127.0.0.1 "
 
     inside(image, work)
 
@@ -179,6 +187,7 @@ def test_what_an_image_asks_for_is_not_done(image, layer):
     client = docker.from_env()
     built, _ = client.images.build(fileobj=io.BytesIO(dockerfile.encode()), tag="entropo-test:odd", rm=True)
     try:
+        run(built.id, "true")
         volumes = len(client.volumes.list())
         done = run(
             built.id, "id -u; echo $PATH; readlink -f $(command -v python); ls /tmp; head -c 9M /dev/zero > /opt/wide/x"
@@ -367,38 +376,76 @@ asyncio.run(main())
 """
 
 
-def test_reaping_removes_what_a_killed_owner_left_and_nothing_else(image):
+def test_containers_end_with_their_killed_owner(image):
+    """Though nobody reaps."""
     words = [sys.executable, "-c", OWNER, image]
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"open\n"
-        leaked = containers(job="leak")
-        assert len(leaked) == 2
+        assert len(containers(job="leak")) == 2
         owner.kill()
+    assert gone(lambda: containers(job="leak"))
+
+
+def test_reaping_removes_what_dead_owners_left_and_nothing_else(image):
     client = backend.engine().client
     spec = SandboxSpec(image)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        dead = {"entropo.owner": cgroup.label(process.pid)}
+        process.kill()
     made = {
         "foreign": {"other.owner": "x"},
         "late": marks.labels(spec, -1000),
+        "a dead owner's": marks.labels(spec, 1000) | dead,
         "never started": marks.labels(spec, 1000),
         "another machine's": marks.labels(spec, 1000) | {"entropo.host": "x", "entropo.owner": "1-2-3"},
     }
     boxes = {name: client.containers.create(image, ["true"], labels=labels) for name, labels in made.items()}
+    volumes = {name: client.volumes.create(labels=labels) for name, labels in made.items()}
     try:
 
         async def work(sandbox):
-            assert reap("docker") == 3
+            assert reap("docker") == 2
             return (await sandbox.exec("echo alive")).output
 
         assert inside(image, work) == b"alive\n"
-        assert gone(lambda: containers(job="leak"))
         left = {box.id for box in client.containers.list(all=True, ignore_removed=True)}
-        assert {name for name, box in boxes.items() if box.id in left} == set(boxes) - {"late"}
+        assert {name for name, box in boxes.items() if box.id in left} == set(boxes) - {"late", "a dead owner's"}
+        left = {volume.id for volume in client.volumes.list()}
+        assert {name for name, volume in volumes.items() if volume.id in left} == set(boxes) - {
+            "late",
+            "a dead owner's",
+        }
         assert reap("docker") == 0
     finally:
-        for box in boxes.values():
+        for thing in (*boxes.values(), *volumes.values()):
             with contextlib.suppress(Exception):
-                box.remove(force=True)
+                thing.remove(force=True)
+
+
+def test_a_process_leaves_no_volume(image):
+    """Removed by someone, the file of hosts is written again; at the end it goes."""
+    code = """if True:
+        import asyncio, sys
+        from entropo_ray.sandbox import SandboxError, SandboxSpec, docker, open_sandbox
+        async def localhost():
+            async with open_sandbox(SandboxSpec(sys.argv[1]), backend="docker") as box:
+                return (await box.exec("grep -c localhost /etc/hosts")).output
+        print(asyncio.run(localhost()))
+        api = docker.engine().client.api
+        ours = {"label": "entropo.owner=" + docker.marks.cgroup.label(docker.os.getpid())}
+        for volume in api.volumes(filters=ours)["Volumes"]:
+            api.remove_volume(volume["Name"], force=True)
+        try:
+            asyncio.run(localhost())
+        except SandboxError as error:
+            print(type(error).__name__)
+        print(asyncio.run(localhost()))
+    """
+    before = {volume.id for volume in backend.engine().client.volumes.list()}
+    done = subprocess.run([sys.executable, "-c", code, image], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.splitlines() == ["b'2\\n'", "SandboxError", "b'2\\n'"], done.stderr
+    assert {volume.id for volume in backend.engine().client.volumes.list()} == before
 
 
 def test_every_container_says_whose_it_is(image):
@@ -533,7 +580,9 @@ def test_a_work_directory_that_does_not_fit_is_said(image):
     here, spec = backend.engine(), SandboxSpec(image, limits=SMALL)
     known = here.image(spec)
     seed = here.seed(known, spec)
-    settings = backend._settings(spec, known, seed, {spec.workdir: 4096}, 60, fill=spec.workdir)
+    settings = backend._settings(
+        spec, known, seed, {spec.workdir: 4096}, 60, hosts=here._file_of_hosts(known), fill=spec.workdir
+    )
     with pytest.raises(SandboxError, match=r"cannot be copied: tar: (.|\n)*No space left"):
         here._start(settings, 60, seed.tar)
     assert gone(ours)

@@ -46,8 +46,9 @@ from entropo_ray.sandbox import (
     reap,
     seccomp,
 )
-from entropo_ray.sandbox.attached import Attached
+from entropo_ray.sandbox.attached import CHUNK
 from entropo_ray.sandbox.kernel import swapped
+from entropo_ray.sandbox.line import Line
 
 SMALL = Limits(memory_mb=192, pids=48, disk_mb=24, exec_s=20, life_s=120)
 # every file with its kind, mode and content
@@ -323,59 +324,112 @@ def test_a_capture_never_depends_on_the_pieces(budget, step):
     )
 
 
-def frame(data: bytes) -> bytes:
-    return b"\1\0\0\0" + len(data).to_bytes(4, "big") + data
+class Supervised:
+    """Our end of a line, and the other one, played by the test."""
+
+    def __init__(self):
+        mine, self.theirs = socket.socketpair()
+        self.theirs.settimeout(0.5)
+        self.line = Line(mine)
+        self.heard, self.cut = bytearray(), threading.Event()
+
+    def run(self, source=b"", words=("true",), env=None):
+        return self.line.run(words, env or {}, source, self.heard.extend, self.cut)
+
+    def say(self, *words, step=1 << 20):
+        whole = b"".join(b"\1\0\0\0" + len(word).to_bytes(4, "big") + word for word in words)
+        for start in range(0, len(whole), step):
+            self.theirs.sendall(whole[start : start + step])
+            if step < len(whole):  # or it would be too many for the socket
+                self.line.turn(0)
+
+    def told(self):
+        """What was sent."""
+        for _ in range(8):
+            self.line.turn(0)
+        return self.theirs.recv(1 << 20)
 
 
-@contextlib.contextmanager
-def attached(source=b""):
-    """Our end of a connection to a command, its other end, and what was heard."""
-    mine, theirs = socket.socketpair()
-    heard, cut = bytearray(), threading.Event()
-    ours = Attached(mine, source, heard.extend, cut, key="a command")
-    with theirs:
-        yield ours, theirs, heard, cut
-    ours.close()
+@pytest.fixture
+def other():
+    made = Supervised()
+    with made.theirs:
+        yield made
 
 
 @pytest.mark.parametrize("step", [1, 3, 8, 1000])
-def test_output_never_depends_on_how_frames_arrive(step):
-    whole = b"".join(map(frame, (b"+", b"one", b"", b"\1\0\0\0two", b"x" * 500)))
-    with attached(b"given") as (ours, theirs, heard, _), ThreadPoolExecutor(1) as other:
-        theirs.settimeout(5)
-
-        def command():
-            given = theirs.makefile("rb").read()
-            for start in range(0, len(whole), step):
-                theirs.sendall(whole[start : start + step])
-            theirs.shutdown(socket.SHUT_WR)
-            return given
-
-        given = other.submit(command)
-        assert ours.ended(5, start_s=5)
-        assert given.result() == b"\ngiven"
-        assert bytes(heard) == b"one\1\0\0\0two" + b"x" * 500
+def test_output_never_depends_on_how_frames_arrive(other, step):
+    command = other.run(b"given", ["echo", "x"], {"K": "v"})
+    assert other.told() == b"run 1 11 1\nK=v\0echo\0x\0give 1 6\n\ngivengive 1 0\n"
+    out = b"out 1 5\n+one\nout 1 7\n\1\0\nout "
+    other.say(out[:3], out[3:10], b"", out[10:], b"out 1 500\n" + b"x" * 500, b"end 1 7\n", step=step)
+    assert command.ended(5, start_s=5)
+    assert command.code == 7
+    assert bytes(other.heard) == b"one\n\1\0\nout " + b"x" * 500
 
 
-def test_a_command_that_never_began_has_no_output():
-    with attached() as (ours, theirs, heard, _):
-        theirs.sendall(frame(b"no such program"))
-        theirs.shutdown(socket.SHUT_WR)
-        assert ours.ended(5, start_s=5)
-        assert (ours.began, ours.complaint, heard) == (0.0, b"no such program", b"")
-    with attached() as (ours, _, _, _), pytest.raises(TimeoutError, match="did not begin"):
-        ours.ended(5, start_s=0.05)
+def test_input_goes_piece_by_piece_as_it_is_taken(other):
+    command = other.run(bytes(CHUNK) + b"rest")
+    heard, whole = bytearray(), b"run 1 5 0\ntrue\0give 1 %d\n\n" % (CHUNK + 1) + bytes(CHUNK)
+    while len(heard) < len(whole):
+        heard += other.told()
+    assert heard == whole
+    with pytest.raises(TimeoutError):
+        other.told()
+    other.say(b"more 1\n")
+    assert other.told() == b"give 1 4\nrestgive 1 0\n"
+    other.say(b"more 1\n", b"end 1 0\n")
+    assert command.ended(5, start_s=5)
 
 
-def test_waiting_ends_with_the_time_or_when_it_is_cut():
-    with attached() as (ours, theirs, heard, cut):
-        theirs.sendall(frame(b"+early"))
-        assert not ours.ended(0.05, start_s=5)
-        begin = time.monotonic()
-        cut.set()
-        assert not ours.ended(60, start_s=5)
-        assert time.monotonic() - begin < 5
-        assert heard == b"early"
+def test_a_command_that_never_began_has_no_output(other):
+    command = other.run()
+    other.say(b"fail 1 Resource temporarily unavailable\n")
+    assert command.ended(5, start_s=5)
+    assert (command.began, command.complaint, other.heard) == (0.0, b"Resource temporarily unavailable", b"")
+    with pytest.raises(TimeoutError, match="did not begin"):
+        other.run().ended(5, start_s=0.05)
+
+
+def test_what_an_earlier_command_still_says_is_not_a_later_ones(other):
+    other.run().close()
+    command = other.run()
+    other.say(b"out 1 6\n+early", b"end 1 0\n", b"out 2 5\n+late", b"end 2 3\n")
+    assert command.ended(5, start_s=5)
+    assert (command.code, other.heard) == (3, b"late")
+
+
+def test_an_answer_comes_between_a_commands_words(other):
+    """Of a question that is asked while the command runs."""
+    command, said = other.run(), bytearray()
+    question = other.line.ask("w", b"tree", said.extend, threading.Event())
+    assert other.told().endswith(b"settle w\ntree")
+    other.say(b"out 1 2\n+o", b"tar: odd\n", b"+\nfree 1 2\nsettled w\n", b"out 1 1\nn", b"end 1 137\n")
+    assert command.ended(5, start_s=5)
+    assert (command.code, other.heard) == (137, b"on")
+    assert (question.complaint, said) == (b"tar: odd\n", b"\nfree 1 2\nsettled w\n")
+
+
+def test_waiting_ends_with_the_time_or_when_it_is_cut(other):
+    command = other.run()
+    other.say(b"out 1 6\n+early")
+    assert not command.ended(0.05, start_s=5)
+    begin = time.monotonic()
+    other.cut.set()
+    assert not command.ended(60, start_s=5)
+    assert time.monotonic() - begin < 5
+    assert other.heard == b"early"
+
+
+@pytest.mark.parametrize("who", ["us", "them"])
+def test_waiting_ends_with_the_line(other, who):
+    command = other.run()
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(command.ended, 60, start_s=60)
+        other.line.hang_up() if who == "us" else other.theirs.close()
+        assert ended.result(10)
+    assert command.code is None
+    assert other.run().ended(60, start_s=60)
 
 
 # --- walls ------------------------------------------------------------------------------------------------------------

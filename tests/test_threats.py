@@ -55,7 +55,7 @@ THREATS = {
         "sandboxes left over",
         {
             "pool": "a_killed_pool_leaves_neither_process_nor_mount_nor_group",
-            "docker": "reaping_removes_what_a_killed_owner_left_and_nothing_else",
+            "docker": "reaping_removes_what_dead_owners_left_and_nothing_else",
             "chaos": "ten_minutes_of_kills_leave_nothing",
         },
     ),

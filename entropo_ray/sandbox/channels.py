@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import ssl
 import threading
 import time
@@ -15,10 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-from entropo_ray.sandbox.attached import Connection, Sink, Source
+from entropo_ray.sandbox.attached import CHUNK, Exchange, Sink, Source
 from entropo_ray.sandbox.keeper import NAMES, OPEN_FILES
 
 _PING_S = 20.0  # proxies cut connections that are silent for a minute or more
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _INPUT, _OUTPUT, _STATUS = 0, 1, 3
 _PROTOCOLS = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
 # Words come as input, not in the address, which proxies bound to a few kilobytes. The first line tells how many there
@@ -76,23 +78,64 @@ def header(words: Sequence[str], env: Mapping[str, str], size: int) -> bytes:
     return f"{len(whole)} {size + 1}\n".encode() + b"".join(os.fsencode(word) + b"\0" for word in whole) + b"\n"
 
 
-class Channels(Connection):
-    """The command's exit code comes over the status channel: `code`, or what went wrong instead: `complaint`."""
+class Channels(Exchange):
+    """Over a connection of its own.
+
+    The command's exit code comes over the status channel: `code`, or what went wrong instead: `complaint`.
+    """
 
     def __init__(self, websocket: Any, source: Source, sink: Sink, cut: threading.Event, first: bytes) -> None:
         from websocket import frame_buffer
 
+        super().__init__(sink, cut)
         self._websocket = websocket  # its end would be the connection's
+        self._connection = websocket.sock
+        self._connection.setblocking(False)
+        self._source = source
+        self._unsent: bytes | None = self._wrapped(first)  # None: all is said
+        self._next = 0  # of the source
         self._arrived = bytearray()
         self._frames = frame_buffer(self._some, skip_utf8_validation=True)
         self._channel = -1  # of a message in several frames
         self._status = b""
-        self.code: int | None = None
         self._pinged = time.monotonic()
-        super().__init__(websocket.sock, source, sink, cut, first)
 
     def close(self) -> None:
         self._websocket.shutdown()
+
+    def _turn(self, wait_s: float) -> None:
+        self._quiet()
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN | (0 if self._unsent is None else select.POLLOUT))
+        for _, events in poll.poll(wait_s * 1000 + 1):
+            if events & select.POLLOUT:
+                self._send()
+            if events & ~select.POLLOUT:
+                self._receive()
+
+    def _send(self) -> None:
+        try:
+            assert self._unsent is not None
+            self._unsent = self._unsent[self._connection.send(self._unsent) :]
+            if not self._unsent:  # its size was told: nobody waits for more than there is
+                chunk = bytes(self._source[self._next : self._next + CHUNK])
+                self._next += len(chunk)
+                self._unsent = self._wrapped(chunk) if chunk else None
+        except _NOT_NOW:
+            return
+        except OSError:  # it reads no more, which is its own affair
+            self._unsent = None
+
+    def _receive(self) -> None:
+        try:
+            data = self._connection.recv(CHUNK)
+        except _NOT_NOW:
+            return
+        except OSError:
+            data = b""
+        self._over |= not data
+        for payload in self._payloads(data):
+            self._take(payload)
 
     def _wrapped(self, data: bytes) -> bytes:
         from websocket import ABNF
@@ -100,10 +143,8 @@ class Channels(Connection):
         framed: bytes = ABNF.create_frame(bytes([_INPUT]) + data, ABNF.OPCODE_BINARY).format()
         return framed
 
-    def _input_ended(self) -> None:
-        """Its size was told."""
-
     def _quiet(self) -> None:
+        """What must be said, lest the connection be taken for dead."""
         from websocket import ABNF
 
         if time.monotonic() - self._pinged > _PING_S:

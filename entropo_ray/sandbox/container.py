@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 from entropo_ray.sandbox import ExecResult, Patch, SandboxLost, SandboxSpec, patch
-from entropo_ray.sandbox.attached import GATE, Connection
+from entropo_ray.sandbox.attached import GATE, Exchange
 from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.output import Capture
 from entropo_ray.sandbox.words import unspeakable
 
 T = TypeVar("T")
-C = TypeVar("C", bound=Connection)
+C = TypeVar("C", bound=Exchange)
 
 _WORD_BYTES, _WORDS_BYTES = (128 << 10) - 1, 1 << 20  # the kernel's bounds of one argument, and (half) of all
 _TREE = "/tmp/tree"  # in a clean container

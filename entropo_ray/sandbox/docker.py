@@ -6,8 +6,8 @@ the repository with `.git`, whose HEAD is the base; it brings bash, GNU tar, cor
 
 Everything runs as the agent, a user who owns nothing of the image. The root is read-only; what can be written is a
 tmpfs, bounded and counted as memory: the working directory (filled with a copy of the image's, which is not counted),
-/tmp, /home/agent and /dev/shm share `disk_mb` as 4 : 2 : 1 : 1. The first process waits until the sandbox's life is
-over, so a container ends even if everyone here is dead; it is asked through its input to kill what a command left.
+/tmp, /home/agent and /dev/shm share `disk_mb` as 4 : 2 : 1 : 1. The first process starts commands, and kills what they
+leave. It is told so over one connection: when that ends, as with its owner, or the sandbox's life, the container does.
 
 Engines are reached by a Unix socket or plain TCP (DOCKER_HOST), as their root's equals: never let an agent see one.
 """
@@ -41,14 +41,17 @@ from entropo_ray.sandbox import (
     keeper,
     marks,
 )
-from entropo_ray.sandbox.attached import Attached, Sink, Source
+from entropo_ray.sandbox.attached import Sink, Source
 from entropo_ray.sandbox.container import Container, threaded
+from entropo_ray.sandbox.hosts import Hosts
 from entropo_ray.sandbox.keeper import ENV, NAMES, OPEN_FILES
+from entropo_ray.sandbox.line import Exchanged, Line
 from entropo_ray.sandbox.machine import Machine
 from entropo_ray.sandbox.stage import AGENT, INODES
 
 _ANSWER_S = 60.0  # one request to the engine
 _FILL_S = 300.0
+_END_S = 5.0  # until a container is removed whose first process was left
 _SEEDS = 8  # work trees kept in temporary files
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NO_ROOM = ("no space left", "cannot allocate memory", "resource temporarily unavailable", "too many open files")
@@ -106,9 +109,11 @@ class Engine:
             self.client.ping()
         address = self.client.api.base_url
         if not address.startswith(("http+docker://localhost", "http://")):
-            raise BackendDown(f"DOCKER_HOST={address}: give a Unix socket or plain TCP; input cannot end through this")
+            raise BackendDown(f"DOCKER_HOST={address}: give a Unix socket or plain TCP")
         self._seeds: OrderedDict[tuple[str, str], Seed] = OrderedDict()
         self._seeding = threading.Lock()
+        self._lines: dict[str, Line] = {}
+        self._hosts = Hosts(self.client.api)
         with contextlib.suppress(SandboxError):
             self.reap()
 
@@ -160,24 +165,29 @@ class Engine:
             raise ImageMissing(f"{spec.image}: no such repository layer (an image whose {spec.workdir} holds .git)")
         return seed
 
-    def agents(self, spec: SandboxSpec, life_s: float, cut: threading.Event) -> Machine[Attached]:
+    def agents(self, spec: SandboxSpec, life_s: float, cut: threading.Event) -> Machine[Exchanged]:
         """A container with the image's work directory in it, the agent's to change."""
         image = self.image(spec)
         seed = self.seed(image, spec)
         eighth = (spec.limits.disk_mb << 20) // 8
         places = {spec.workdir: 4 * eighth + seed.size, "/tmp": 2 * eighth, "/home/agent": eighth}
-        return self._start(_settings(spec, image, seed, places, life_s, fill=spec.workdir), life_s, seed.tar)
+        settings = _settings(spec, image, seed, places, life_s, hosts=self._file_of_hosts(image), fill=spec.workdir)
+        return self._start(settings, life_s, seed.tar)
 
-    def clean(self, spec: SandboxSpec, cut: threading.Event) -> Machine[Attached]:
+    def clean(self, spec: SandboxSpec, cut: threading.Event) -> Machine[Exchanged]:
         """A container with room for a copy of a work tree and the objects of its changes."""
         image = self.image(spec)
         seed = self.seed(image, spec)
         room = Seed(seed.tar, 2 * seed.size + (4 * spec.limits.disk_mb << 20), 2 * (seed.inodes + INODES))
         places, life_s = {"/tmp": room.size}, 4 * spec.limits.exec_s + _FILL_S
         own = replace(spec, labels={**spec.labels, "role": "extract"}, env={})
-        return self._start(_settings(own, image, room, places, life_s), life_s)
+        return self._start(_settings(own, image, room, places, life_s, hosts=self._file_of_hosts(image)), life_s)
 
-    def _start(self, settings: dict[str, Any], life_s: float, tree: Source = b"") -> Machine[Attached]:
+    def _file_of_hosts(self, image: Image) -> str:
+        with asking("a file of hosts"):
+            return self._hosts.path(image.id)
+
+    def _start(self, settings: dict[str, Any], life_s: float, tree: Source = b"") -> Machine[Exchanged]:
         """One that fails half-way is removed, or left to the reaper: it was labelled when it was made."""
         name = f"entropo-{uuid.uuid4().hex[:16]}"
         if life_s <= 0:
@@ -185,35 +195,32 @@ class Engine:
         try:
             with asking(f"creating {name}", missing=ImageMissing):
                 self.client.containers.create(name=name, **settings)
+                attached = self.client.api.attach_socket(name, params={"stdin": 1, "stdout": 1, "stream": 1})
+                line = Line(_taken(attached))
                 self.client.api.start(name)
+            self._lines[name] = line
             machine = Machine(self, name, life_s)
             machine.fill(tree)
         except BaseException:
             self.remove(name)
+            self._hosts.forget()  # someone may have removed it
             raise
         return machine
 
     def begin(
         self, name: str, words: Sequence[str], env: Mapping[str, str], source: Source, sink: Sink, cut: threading.Event
-    ) -> Attached:
+    ) -> Exchanged:
         """Start a command as the agent."""
-        api = self.client.api
-        how = {"stdin": True, "stderr": False, "user": f"{AGENT}:{AGENT}", "environment": dict(env), "workdir": "/"}
-        with asking(name):
-            key = api.exec_create(name, list(words), **how)["Id"]
-            return Attached(_taken(api.exec_start(key, socket=True)), source, sink, cut, key=key)
+        return self._line(name).run(words, env, source, sink, cut)
 
-    def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> Attached:
+    def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> Exchanged:
         """Say a word, and then a tree, to the first process, which answers as soon as nobody else runs."""
-        with asking(name):
-            stream = self.client.api.attach_socket(name, params={"stdin": 1, "stdout": 1, "stream": 1})
-            return Attached(_taken(stream), tree, sink, cut, first=f"{word}\n".encode())
+        return self._line(name).ask(word, tree, sink, cut)
 
-    def exit_code(self, name: str, attached: Attached) -> int | None:
-        """None as long as the command runs."""
-        with asking(name):
-            facts = self.client.api.exec_inspect(attached.key)
-        return None if facts["Running"] else facts["ExitCode"]
+    def _line(self, name: str) -> Line:
+        if name not in self._lines:
+            raise SandboxLost(f"{name}: it was removed")
+        return self._lines[name]
 
     def fate(self, name: str) -> str:
         """Why the container is no more; empty as long as it runs."""
@@ -225,6 +232,11 @@ class Engine:
 
     def remove(self, name: str) -> None:
         """Idempotent, never raises: what stays is labelled, and its deadline passes."""
+        if line := self._lines.pop(name, None):
+            line.hang_up()
+            with contextlib.suppress(SandboxError), asking(f"removing {name}"):
+                self.client.api.wait(name, timeout=_END_S, condition="removed")
+                return
         with contextlib.suppress(SandboxError), asking(f"removing {name}"):
             self.client.api.remove_container(name, force=True, v=True)
 
@@ -232,6 +244,7 @@ class Engine:
         """Remove containers of ours whose owner is dead or whose deadline is past; their number."""
         with asking("looking for left containers"):
             found = self.client.api.containers(all=True, filters={"label": "entropo.owner"})
+            self._hosts.reap()
         left = [container["Id"] for container in found if not marks.in_use(container["Labels"])]
         for name in left:
             self.remove(name)
@@ -272,19 +285,27 @@ def engine() -> Engine:
 
 
 def _settings(
-    spec: SandboxSpec, image: Image, more: Seed, places: Mapping[str, int], life_s: float, *, fill: str = ""
+    spec: SandboxSpec,
+    image: Image,
+    more: Seed,
+    places: Mapping[str, int],
+    life_s: float,
+    *,
+    hosts: str,
+    fill: str = "",
 ) -> dict[str, Any]:
     """A container that lives for `life_s`, with these writable places and `more` room and files than the limits.
 
     It waits for the tar of `more` to `fill` a place with, if there is one.
     """
+    from docker.types import Mount
+
     inodes = INODES + more.inodes
     wide = {**dict.fromkeys(image.volumes, 1 << 20), **places}  # a volume would be a disk without bounds
     return {
         "image": image.id,
         "entrypoint": keeper.words(life_s, [*places, "/dev/shm"], fill=fill, size=len(more.tar)),
         "stdin_open": True,
-        "detach": True,  # its input stays open when we leave
         "labels": marks.labels(spec, life_s),
         "user": f"{AGENT}:{AGENT}",
         "working_dir": "/",
@@ -292,6 +313,9 @@ def _settings(
         "environment": {**ENV, **spec.env, "PATH": image.path},
         "tmpfs": {place: _tmpfs(size, inodes) for place, size in wide.items()} | {NAMES: _tmpfs(1 << 12, 8)},
         "shm_size": (spec.limits.disk_mb << 20) // 8,
+        # the engine's own empty network takes it half of the time of a start; without, it mounts no file of hosts
+        "network_disabled": True,
+        "mounts": [Mount("/etc/hosts", hosts, type="bind", read_only=True)],
         **_walls(spec.limits, more),
     }
 

@@ -257,7 +257,7 @@ class Cluster:
     def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> Channels:
         """Say a word, and then a tree, to the first process, which answers as soon as nobody else runs."""
         query = {"container": BOX, "stdin": "true", "stdout": "true"}
-        return Channels(self._dialled(name, "attach", query), tree, sink, cut, f"{word}\n".encode())
+        return Channels(self._dialled(name, "attach", query), tree, sink, cut, f"settle {word}\n".encode())
 
     def _dialled(self, name: str, how: str, query: Mapping[str, Any]) -> Any:
         until, pause_s = time.monotonic() + _PATIENCE_S, 0.2
@@ -275,14 +275,6 @@ class Cluster:
                     raise SandboxLost(f"{name}: {fate}") from error
             time.sleep(random.uniform(pause_s / 2, pause_s))
             pause_s = min(2 * pause_s, 5.0)
-
-    def exit_code(self, name: str, attached: Channels) -> int | None:
-        """What the status channel said. SandboxLost if the connection ended without it: the command may still run."""
-        if attached.code is None:
-            why = self.fate(name) or attached.complaint.decode(errors="replace") or "its connection was cut"
-            self.remove(name)
-            raise SandboxLost(f"{name}: no exit code of a command: {why}")
-        return attached.code
 
     def fate(self, name: str) -> str:
         """Why the pod is no more; empty if it still runs after the moment that a cluster needs to notice."""

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from entropo_ray.sandbox import BackendDown, ExecResult, SandboxError, SandboxLost
-from entropo_ray.sandbox.attached import GATE, READY, Connection, Sink, Source
+from entropo_ray.sandbox.attached import GATE, READY, Exchange, Sink, Source
 from entropo_ray.sandbox.keeper import SETTLED
 from entropo_ray.sandbox.output import Capture
 
-C = TypeVar("C", bound=Connection)
+C = TypeVar("C", bound=Exchange)
+C_co = TypeVar("C_co", bound=Exchange, covariant=True)
 
 _START_S = 60.0  # from a request until its command begins
 _FILL_S = 300.0
@@ -37,21 +38,18 @@ exit $code
 """
 
 
-class Engine(Protocol[C]):
+class Engine(Protocol[C_co]):
     """What runs containers; its methods block, and raise SandboxError."""
 
     def begin(
         self, name: str, words: Sequence[str], env: Mapping[str, str], source: Source, sink: Sink, cut: threading.Event
-    ) -> C:
+    ) -> C_co:
         """Start a command as the agent."""
-
-    def exit_code(self, name: str, attached: C) -> int | None:
-        """128 + n where signal n ended it; None as long as the command runs."""
 
     def fate(self, name: str) -> str:
         """Why the container is no more; empty as long as it runs."""
 
-    def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> C:
+    def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> C_co:
         """Say a word, and then a tree, to the first process, which answers as soon as nobody else runs."""
 
     def remove(self, name: str) -> None:
@@ -140,13 +138,12 @@ class Machine(Generic[C]):
         return ended
 
     def _exit_code(self, attached: C) -> int:
-        """128 + n where signal n ended it."""
-        deadline = time.monotonic() + _GRACE_S
-        while (code := self._engine.exit_code(self._name, attached)) is None:
-            if time.monotonic() > deadline:
-                raise BackendDown(f"{self._name}: no exit code {_GRACE_S:.0f} s after the end of a command")
-            time.sleep(0.005)
-        return code
+        """SandboxLost if it is not known: the command may still run."""
+        if attached.code is None:
+            why = self._engine.fate(self._name) or attached.complaint.decode(errors="replace")
+            self.remove()
+            raise SandboxLost(f"{self._name}: no exit code of a command: {why or 'its connection was cut'}")
+        return attached.code
 
     def _settle(self) -> tuple[bool, bool]:
         """Kill every process of the agent; whether memory ran out since the last time, and whether a disk is full.
