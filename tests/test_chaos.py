@@ -122,7 +122,7 @@ def storm(home: Path, seconds: float, seed: int) -> collections.Counter[str]:
                     killed[kind] += 1
     until(
         lambda: not _of_ours(ours()),
-        90,  # a minute until the patrol comes, and its time
+        150,  # a worker waits a minute for a killed Ray; a minute until the patrol comes, and its time
         lambda: f"processes are left: {[line[:200] for line in _of_ours(ours()).values()]}",
     )
     for pid in ours():  # agents of a killed Ray wait for a minute and more

@@ -9,8 +9,11 @@ import json
 import math
 import os
 import random
+import select
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -417,6 +420,27 @@ def test_sandboxes_of_a_node_can_be_lent_by_an_actor_that_may_die(cluster, rollo
     assert [found < 32 for found in killed] == [True], "the keeper was not killed while episodes were open"
     assert (numbers["answered"], numbers["resolved_rate"], numbers["lost"]) == (32, 1.0, 0)
     assert actor_pids("Keeper") == []
+
+
+ORPHAN = """if True:
+    import os, time
+    from entropo_ray.rollout import lending
+    if child := os.fork():
+        print(child, flush=True)
+        time.sleep(60)
+    lending.end_with_parent()
+    time.sleep(60)
+"""
+
+
+def test_a_keeper_ends_with_its_parent_whatever_it_waits_for():
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE) as parent:
+        child = os.pidfd_open(int(parent.stdout.readline()))
+        time.sleep(2.5)
+        assert not select.select([child], [], [], 0)[0]
+        parent.kill()
+    assert select.select([child], [], [], 20)[0]
+    os.close(child)
 
 
 @pytest.fixture(scope="module")

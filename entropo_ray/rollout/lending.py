@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from entropo_ray.sandbox import Sandbox, SandboxLost, SandboxSpec, cgroup
 from entropo_ray.sandbox.pool import Bounds, Pool, borrow
 
 _DRAIN_S = 60.0
+_PARENT_S = 1.0  # between two looks
 
 
 class Keeper(Pool):
@@ -35,6 +38,7 @@ class Keeper(Pool):
         execs = max(8, 4 * cores)
         bounds = Bounds(live=cfg.per_node, ahead=cfg.ahead, execs=execs, wait_s=cfg.wait_s, create_s=create_s)
         super().__init__(bounds, cfg.backend)
+        end_with_parent()
         sandbox.reap(cfg.backend, cfg.kubernetes)
         self._where = f"kubernetes/{cfg.kubernetes.namespace}" if cfg.backend == "kubernetes" else cfg.backend
         self._witness: subprocess.Popen[bytes] | None = None
@@ -48,6 +52,22 @@ class Keeper(Pool):
             self._witness = subprocess.Popen(
                 words, stdin=null, stdout=null, stderr=null, cwd=home, start_new_session=True
             )
+
+
+def end_with_parent() -> None:
+    """Kill this process soon after its parent has ended.
+
+    Ray's workers end when their raylet does; but while one waits for a controller that was killed, too, it lives on for
+    minutes, and so would the sandboxes.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def keeper(cfg: config.Sandbox, node: str) -> Any:
