@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import random
@@ -29,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from entropo_ray import config, observe
-from entropo_ray.records import to_row
+from entropo_ray.records import digest, to_row
 from entropo_ray.sandbox import BackendDown, ImageMissing, SandboxError, images
 from entropo_ray.sandbox.container import threaded
 from entropo_ray.tasks import pack, scripts, scrub, trees
@@ -100,14 +99,6 @@ class Journal:
     def close(self) -> None:
         """Forget all of it: the pack is whole."""
         self._path.unlink(missing_ok=True)
-
-
-def digest(*parts: str) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = part.encode(errors="surrogateescape")
-        found.update(len(data).to_bytes(8, "big") + data)
-    return found.hexdigest()
 
 
 class Curator:

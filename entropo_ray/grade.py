@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import json
 import re
 import secrets
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from entropo_ray import config, sandbox
-from entropo_ray.records import Answer, Grade, Task, Verdict, to_row
+from entropo_ray.records import Answer, Grade, Task, Verdict, digest, to_row
 from entropo_ray.sandbox import ExecResult, Sandbox, SandboxError, SandboxSpec
 from entropo_ray.sandbox.patch import PATCH_MB
 from entropo_ray.tasks import diffs, pack, scripted, swebench
@@ -436,7 +435,7 @@ class Answers:
 
     async def grade(self, task: Task, patch: str, cfg: config.Sandbox) -> Verdict:
         answer = self._answer(task)
-        key = _digest(json.dumps(to_row(task)), json.dumps(to_row(answer)), patch, GRADER_VERSION)
+        key = digest(json.dumps(to_row(task)), json.dumps(to_row(answer)), patch, GRADER_VERSION)
         run = self._runs.get(key)
         if run is None:
             run = self._runs[key] = asyncio.create_task(self._settled(task, patch, answer, cfg))
@@ -519,14 +518,6 @@ def _confirmed(first: Verdict, again: Verdict) -> Verdict:
 def answers_of(path: Path) -> Answers:
     """The answers of the pack at `path`. ValueError if there are none."""
     return Answers(pack.answers(path))
-
-
-def _digest(*parts: str) -> str:
-    digest = hashlib.blake2b(digest_size=20)
-    for part in parts:
-        data = part.encode(errors="surrogatepass")
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.hexdigest()
 
 
 # Validation

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from entropo_ray import config, curate, factory, grade, observe, sandbox, store, tasks
-from entropo_ray.records import Task
+from entropo_ray.records import Task, digest
 from entropo_ray.sandbox import SandboxError, docker, kubernetes
 from entropo_ray.tasks import inject, layer, local, pack, rows
 from entropo_ray.tasks.inject import Injected
@@ -102,7 +102,7 @@ async def _inject(
     with tempfile.TemporaryDirectory() as scratch:
         benches = factory.benches(source, box, to=to, scratch=Path(scratch))
         for bench in benches:
-            key = curate.digest(version, bench.project.digest, layer.digest(bench.project.tree))
+            key = digest(version, bench.project.digest, layer.digest(bench.project.tree))
             if not (said := journal.get(key)):
                 try:
                     held, facts = await _package(cfg, source, box, bench, to)
