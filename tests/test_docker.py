@@ -185,14 +185,14 @@ def test_what_an_image_asks_for_is_not_done(image, layer):
     dockerfile = f'FROM {image}\nENTRYPOINT ["false"]\nCMD ["false"]\nVOLUME /opt/wide\nHEALTHCHECK CMD touch /tmp/x\n'
     dockerfile += "USER root\nENV PATH=/usr/games:/usr/bin:/bin\n"
     client = docker.from_env()
+    others = [volume for volume in client.volumes.list() if "entropo.owner" not in (volume.attrs["Labels"] or {})]
     built, _ = client.images.build(fileobj=io.BytesIO(dockerfile.encode()), tag="entropo-test:odd", rm=True)
     try:
-        run(built.id, "true")
-        volumes = len(client.volumes.list())
+        backend.engine()._hosts._until = 0  # written again, by way of this image
         done = run(
             built.id, "id -u; echo $PATH; readlink -f $(command -v python); ls /tmp; head -c 9M /dev/zero > /opt/wide/x"
         )
-        assert len(client.volumes.list()) == volumes
+        assert [v for v in client.volumes.list() if "entropo.owner" not in (v.attrs["Labels"] or {})] == others
     finally:
         client.images.remove("entropo-test:odd", force=True)
     lines = done.output.decode().splitlines()
@@ -226,10 +226,24 @@ if os.fork() == 0:
 """
 
 
+# takes its own output away from whoever else would read it
+THIEF = """
+import os
+mine = os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK)
+while True:
+    os.write(1, b"x")
+    try:
+        os.read(mine, 1)
+    except BlockingIOError:
+        pass
+"""
+
+
 def test_swarms_and_killers_end_with_their_command(image):
     bomb = "bomb() { bomb | bomb & }; bomb"
     begin = time.monotonic()
-    alive_afterwards(image, bomb, ["python", "-c", SWARM], ["python", "-c", KILLER], timeout=0.7)
+    words = (["python", "-c", code] for code in (SWARM, KILLER, THIEF))
+    alive_afterwards(image, bomb, *words, timeout=0.7)
     assert time.monotonic() - begin < 60
 
 
@@ -283,6 +297,30 @@ def test_a_command_that_kills_all_hurts_only_itself(image):
     all_, first = alive_afterwards(image, "sleep 60 & (kill -9 -1); echo never", "kill -9 1; kill -INT 1; echo still")
     assert (all_.exit_code, all_.output) == (137, b"")
     assert first.output.endswith(b"still\n")
+
+
+@pytest.mark.parametrize("what", ["prlimit(1, resource.RLIMIT_NOFILE, (3, 3))", "nice"])
+def test_whoever_hobbles_the_first_process_loses_the_sandbox(image, what):
+    """For what commands inherit of it would hobble all that come, those of a grader among them."""
+    hobble = (
+        f"import resource; resource.{what}" if what != "nice" else "import os; os.setpriority(os.PRIO_PROCESS, 1, 19)"
+    )
+
+    async def work(sandbox):
+        assert (await sandbox.exec("ulimit -n")).output == b"4096\n"
+        with pytest.raises(SandboxLost):
+            await sandbox.exec(["python", "-c", hobble])
+
+    inside(image, work)
+
+
+def test_the_environment_is_the_images_and_ours(image):
+    env = {"LANG": "C", "ODD": "a=b\nc", "LC_ALL": ""}
+    done = inside(image, lambda sandbox: sandbox.exec(["env", "-0"], env={"MORE": "=", "EMPTY": ""}), env=env)
+    found = dict(entry.split("=", 1) for entry in done.output.decode().split("\0") if entry)
+    kept = {"MORE": "=", "EMPTY": "", **env, "HOME": "/home/agent", "HOSTNAME": "sandbox"}
+    assert {key: found.get(key) for key in kept} == kept
+    assert set(found) - set(kept) == {*backend.ENV, "PATH", "PWD", "OLDPWD", "SHLVL"} - set(kept)
 
 
 def test_words_that_no_program_can_take_are_failed_commands(image):

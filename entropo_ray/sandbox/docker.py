@@ -201,9 +201,9 @@ class Engine:
             self._lines[name] = line
             machine = Machine(self, name, life_s)
             machine.fill(tree)
-        except BaseException:
+        except BaseException as error:
+            self._hosts.missed(str(error))
             self.remove(name)
-            self._hosts.forget()  # someone may have removed it
             raise
         return machine
 
@@ -218,9 +218,9 @@ class Engine:
         return self._line(name).ask(word, tree, sink, cut)
 
     def _line(self, name: str) -> Line:
-        if name not in self._lines:
+        if (line := self._lines.get(name)) is None:
             raise SandboxLost(f"{name}: it was removed")
-        return self._lines[name]
+        return line
 
     def fate(self, name: str) -> str:
         """Why the container is no more; empty as long as it runs."""

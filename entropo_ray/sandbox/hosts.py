@@ -39,9 +39,10 @@ class Hosts:
                 self._until = time.monotonic() + _LIFE_S / 2
             return self._path
 
-    def forget(self) -> None:
-        """Write another one next time."""
-        self._until = 0.0
+    def missed(self, said: str) -> None:
+        """Write another one next time, if what the engine said is about this one: someone has removed it."""
+        if self._path and self._path in said:
+            self._until = 0.0
 
     def _written(self, image: str) -> str:
         labels = marks.labels(SandboxSpec(image, labels={"role": "hosts"}), _LIFE_S)
@@ -53,7 +54,7 @@ class Hosts:
         try:
             self._api.put_archive(through["Id"], "/mnt", _archive())
         finally:
-            self._api.remove_container(through["Id"], force=True)
+            self._api.remove_container(through["Id"], force=True, v=True)  # with those that the image asks for
         return str(PurePosixPath(volume["Mountpoint"], "hosts"))
 
     def _remove(self, name: str, owner: int) -> None:
@@ -63,7 +64,7 @@ class Hosts:
                 self._api.remove_volume(name, force=True)
 
     def reap(self) -> None:
-        """Remove the volumes of owners that are dead."""
+        """Remove the volumes of owners that are dead, and those past their deadline."""
         found = self._api.volumes(filters={"label": "entropo.owner"})["Volumes"] or ()
         for volume in found:
             if not marks.in_use(volume["Labels"]):

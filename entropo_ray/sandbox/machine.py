@@ -7,6 +7,7 @@ the agent could have killed that shell, the first process then does the same aga
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import time
 import uuid
@@ -23,6 +24,7 @@ C_co = TypeVar("C_co", bound=Exchange, covariant=True)
 
 _START_S = 60.0  # from a request until its command begins
 _FILL_S = 300.0
+_AGAIN_S = 30.0  # for a command that the engine could not start
 _GRACE_S = 20.0  # for the end of what was killed
 _ASK_S = 5.0  # an answer may be lost where a connection is cut
 
@@ -117,25 +119,43 @@ class Machine(Generic[C]):
         sink: Sink,
         cut: threading.Event | None = None,
     ) -> Iterator[C]:
-        """A started command."""
-        try:
-            attached = self._engine.begin(self._name, words, env, source, sink, cut or threading.Event())
-        except SandboxError as error:
-            raise self._explained(error) from error
+        """A command that has begun."""
+        attached = self._begun(words, env, source, sink, cut or threading.Event())
         try:
             yield attached
         finally:
             attached.close()
 
+    def _begun(
+        self, words: Sequence[str], env: Mapping[str, str], source: Source, sink: Sink, cut: threading.Event
+    ) -> C:
+        """Asked for again where the engine could not start it: without READY, nothing of it has run."""
+        until = time.monotonic() + _AGAIN_S
+        while True:
+            try:
+                attached = self._engine.begin(self._name, words, env, source, sink, cut)
+            except SandboxError as error:
+                raise self._explained(error) from error
+            try:
+                self._ended(attached, 0)
+            finally:
+                if not attached.began:
+                    attached.close()
+            if attached.began:
+                return attached
+            why = attached.complaint.decode(errors="replace").strip() or "its connection was cut"
+            failed = self._explained(SandboxError(f"{self._name}: the engine started no command: {why}"))
+            if isinstance(failed, SandboxLost) or attached.code is not None or cut.is_set():
+                raise failed
+            if time.monotonic() > until:
+                raise SandboxLost(str(failed))
+            time.sleep(random.uniform(0.2, 0.4))
+
     def _ended(self, attached: C, timeout_s: float) -> bool:
         try:
-            ended = attached.ended(timeout_s, start_s=_START_S)
+            return attached.ended(timeout_s, start_s=_START_S)
         except TimeoutError as error:
             raise BackendDown(f"{self._name}: {error}") from error
-        if not attached.began:
-            said = attached.complaint.decode(errors="replace").strip()
-            raise self._explained(SandboxError(f"{self._name}: the engine started no command: {said or 'no reason'}"))
-        return ended
 
     def _exit_code(self, attached: C) -> int:
         """SandboxLost if it is not known: the command may still run."""
@@ -148,7 +168,7 @@ class Machine(Generic[C]):
     def _settle(self) -> tuple[bool, bool]:
         """Kill every process of the agent; whether memory ran out since the last time, and whether a disk is full.
 
-        A swarm could leave no process for another exec, and one that kills whatever appears could keep it from its
+        A swarm could leave no process for another command, and one that kills whatever appears could keep it from its
         work; the first process they cannot reach. What cannot be settled is destroyed.
         """
         facts = [line.split() for line in self._asked(_GRACE_S).splitlines() if line]

@@ -21,18 +21,21 @@ and these it says:
     settled WORD
 
 Nobody of its own user can read or trace it (it is not dumpable) or kill it (it is the first), and nobody else holds its
-input or output. It needs no fork to stay alive or to kill: no swarm can keep it from that.
+input or output. It needs no fork to stay alive or to kill: no swarm can keep it from that. They can set its limits and
+priority, which commands inherit: it ends then. Who is not of its user (an operator in the container) it cannot kill,
+and waits for.
 """
 
 import _signal as signal  # type: ignore[import-not-found]  # the public one imports enum: 9 of our 30 ms
 import ctypes
 import os
+import resource
 import select
 import sys
 import time
 
 CHUNK = 1 << 16
-OF_THE_SHELL = (b"_", b"OLDPWD", b"PWD", b"SHLVL")  # what the one before us left in the environment
+OF_THE_SHELL = (b"_", b"OLDPWD", b"PWD", b"SHLVL")  # in the environment, by the one that started us
 PR_SET_DUMPABLE = 4
 
 
@@ -42,17 +45,29 @@ class Command:
         self.feeding, self.output = feeding, output  # -1: closed
         self.input, self.whole = bytearray(), False
         self.code = -1
-        self.settled = False
 
     def close_input(self) -> None:
         if self.feeding >= 0:
             os.close(self.feeding)
         self.feeding = -1
 
+    def close_output(self) -> None:
+        if self.output >= 0:
+            os.close(self.output)
+        self.output = -1
+
 
 class Supervisor:
-    def __init__(self, life_s: float, places: "list[str]") -> None:
+    def __init__(self, env: "dict[bytes, bytes]", life_s: float, places: "list[str]") -> None:
+        self.env = env
         self.end = time.monotonic() + life_s
+        self.groups = []
+        for name in "memory/memory.oom_control", "memory.events":  # open, for someone could leave us no descriptor
+            try:  # noqa: SIM105 (contextlib would be another import)
+                self.groups.append(os.open("/sys/fs/cgroup/" + name, os.O_RDONLY))
+            except OSError:
+                pass
+        self.born = condition()
         self.places = [os.open(place, os.O_PATH) for place in places]  # while nobody has locked their parents
         self.heard = bytearray()
         self.command: Command | None = None
@@ -80,7 +95,7 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            if self.command is not None and pid == self.command.pid:
+            if self.command is not None and pid == self.command.pid and self.command.code < 0:
                 self.command.code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
     def serve(self) -> None:
@@ -122,26 +137,30 @@ class Supervisor:
     def run(self, number: bytes, payload: bytes, count: int) -> None:
         while self.command is not None:  # one that nobody waits for
             self.kill()
-            self.attend(self.command, heard=self.command.output >= 0, hungry=False)
+            self.attend(self.command, heard=False, hungry=False)
         words = payload.split(b"\0")[:-1]
-        env = {key: value for key, value in os.environb.items() if key not in OF_THE_SHELL}
+        env = dict(self.env)
         for word in words[:count]:
             key, _, env[key] = word.partition(b"=")
-        (reading, feeding), (output, telling) = os.pipe(), os.pipe()
-        os.set_blocking(feeding, False)
+        ours = []  # descriptors
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until we know whose death it would tell
         try:
+            reading, feeding = os.pipe()
+            ours += [reading, feeding]
+            output, telling = os.pipe()
+            ours += [output, telling]
             pid = os.fork()
             if pid == 0:
                 become(words[count:], env, reading, telling)
+            for fd in feeding, output:  # the agent can read its own output, so that none is left for us
+                os.set_blocking(fd, False)
+                ours.remove(fd)
             self.command = Command(number, pid, feeding, output)
         except OSError as error:
-            os.close(feeding)
-            os.close(output)
             self.say(b"fail %s %s\n" % (number, str(error).encode()))
         finally:
-            os.close(reading)
-            os.close(telling)
+            for fd in ours:
+                os.close(fd)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
     def give(self, command: Command, piece: bytes) -> None:
@@ -154,20 +173,30 @@ class Supervisor:
         """Pass on what it says, and what it is given; kill all that it leaves."""
         if hungry:
             self.feed(command)
-        if heard:
-            data = os.read(command.output, CHUNK)
-            if data:
-                self.say(b"out %s %d\n" % (command.number, len(data)) + data)
-            else:
-                os.close(command.output)
-                command.output = -1
-        if command.code >= 0 and not command.settled:
+        if command.code >= 0:
             self.kill()
-            command.settled = True  # so that its output will end
-        if command.settled and command.output < 0:
+            while self.heed(command):  # all there is: nobody writes any more
+                pass
             command.close_input()
+            command.close_output()
             self.command = None
             self.say(b"end %s %d\n" % (command.number, command.code))
+        elif heard:
+            self.heed(command)
+
+    def heed(self, command: Command) -> bool:
+        """Pass on a piece of its output; whether there was one."""
+        if command.output < 0:
+            return False
+        try:
+            data = os.read(command.output, CHUNK)
+        except BlockingIOError:
+            return False
+        if data:
+            self.say(b"out %s %d\n" % (command.number, len(data)) + data)
+        else:
+            command.close_output()
+        return bool(data)
 
     def feed(self, command: Command) -> None:
         try:
@@ -183,24 +212,22 @@ class Supervisor:
             self.say(b"more %s\n" % command.number)
 
     def kill(self) -> None:
-        """Everyone else; an operator's, whom we may not kill, stays."""
+        """Everyone else."""
         try:
             while True:
                 self.bury()  # the dead can be killed, too, and nobody tells of those that died before we listened
                 os.kill(-1, signal.SIGKILL)
                 time.sleep(0.001)
-        except (ProcessLookupError, PermissionError):
+        except ProcessLookupError:
             pass
 
     def settle(self, word: bytes) -> None:
         self.kill()
+        if condition() != self.born:
+            os._exit(1)
         lines = [b"+"]
-        for name in "memory/memory.oom_control", "memory.events":
-            try:
-                with open("/sys/fs/cgroup/" + name, "rb") as file:  # noqa: PTH123 (it would have to import it)
-                    lines += [line for line in file.read().splitlines() if line.startswith(b"oom_kill ")]
-            except OSError:
-                pass
+        for group in self.groups:
+            lines += [line for line in os.pread(group, CHUNK, 0).splitlines() if line.startswith(b"oom_kill ")]
         for place in self.places:
             space = os.fstatvfs(place)
             lines.append(b"free %d %d" % (space.f_bfree, space.f_ffree))
@@ -209,6 +236,13 @@ class Supervisor:
     def say(self, data: bytes) -> None:
         while data:
             data = data[os.write(1, data) :]
+
+
+def condition() -> "list[object]":
+    """What commands inherit, and others of our user could change."""
+    kinds = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
+    limits = [resource.getrlimit(kind) for kind in kinds]
+    return [limits, os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)]
 
 
 def become(words: "list[bytes]", env: "dict[bytes, bytes]", reading: int, telling: int) -> None:
@@ -231,7 +265,10 @@ if __name__ == "__main__":
         sys.exit("only as the first process of a container")
     if os.read(int(sys.argv[2]), CHUNK) != b"0\n":  # of what fills the work directory, and has said why it cannot
         sys.exit(1)
+    with open("/proc/self/environ", "rb") as file:  # noqa: PTH123 (an import); os.environ has words of Python's own
+        pairs = [entry.partition(b"=") for entry in file.read().split(b"\0") if entry]
+    given = {key: value for key, _, value in pairs if key not in OF_THE_SHELL}
     if ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0:
-        supervisor = Supervisor(float(sys.argv[3]), sys.argv[4:])
+        supervisor = Supervisor(given, float(sys.argv[3]), sys.argv[4:])
         supervisor.settle(os.fsencode(sys.argv[1]))
         supervisor.serve()
