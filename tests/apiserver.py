@@ -185,6 +185,9 @@ class Server:
         self.asked: list[str] = []
         self.pings = 0
         self.renewing: list[str] = []  # each of these Leases right after the next look at all
+        self.users = True  # whether hostUsers is understood
+        self.events: list[dict[str, Any]] = []
+        self.refused = 0  # so many commands are not started, as is told when the connection stands already
         self.unheard = 0  # what first processes say so many times is lost
         self.commands: list[web.WebSocketResponse] = []
         self.version = 0
@@ -223,6 +226,9 @@ class Server:
 
     async def create_pod(self, request: web.Request) -> web.Response:
         manifest = await request.json()
+        if request.query.get("dryRun"):
+            manifest["spec"] |= {} if self.users else {"hostUsers": None}
+            return web.json_response(manifest, status=201)
         if manifest["metadata"]["name"] in self.pods:
             raise Error(409, "pods already exists", "AlreadyExists")
         pod = Pod(self, manifest)
@@ -302,6 +308,12 @@ class Server:
                 if message.type == WSMsgType.BINARY and pod.box.stdin is not None:
                     pod.box.stdin.write(message.data[1:])
             pod.attached.remove(connection)
+            return connection
+        if self.refused:
+            self.refused -= 1
+            failure = {"status": "Failure", "reason": "InternalError", "message": "error dialing backend"}
+            await connection.send_bytes(b"\3" + json.dumps(failure).encode())
+            await connection.close()
             return connection
         process = await pod.enter(request.query.getall("command"))
         giving = asyncio.create_task(self._give(connection, process))
@@ -383,6 +395,11 @@ class Server:
         body["status"] = {"allowed": word not in self.denied}
         return web.json_response(body, status=201)
 
+    async def list_events(self, request: web.Request) -> web.Response:
+        about = {"involvedObject": {"name": request.query["fieldSelector"].partition("=")[2]}, "metadata": {}}
+        items = [about | event for event in self.events]
+        return web.json_response({"kind": "EventList", "metadata": {}, "items": items})
+
     async def list_policies(self, request: web.Request) -> web.Response:
         return web.json_response({"kind": "NetworkPolicyList", "metadata": {}, "items": self.policies})
 
@@ -400,6 +417,9 @@ class Server:
         self.policies = told.get("policies", self.policies)
         self.protocols = told.get("protocols", self.protocols)
         self.unheard = told.get("unheard", self.unheard)
+        self.refused = told.get("refused", self.refused)
+        self.users = told.get("users", self.users)
+        self.events = told.get("events", self.events)
         for name, status in told.get("fail", {}).items():
             self.pods[name].fail(status)
         for lease in told.get("leases", []):
@@ -417,6 +437,7 @@ class Server:
             self._delete(pod)
         self.leases.clear()
         self.rules, self.statuses, self.denied, self.asked, self.agreed = [], {}, [], [], []
+        self.users, self.events, self.refused = True, [], 0
         self.protocols = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
 
     async def _shake(self, *, cut: bool, ping: bool) -> None:
@@ -452,6 +473,7 @@ class Server:
                 web.delete(leases + "/{name}", self.delete_lease),
                 web.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", self.review),
                 web.get("/apis/networking.k8s.io/v1/namespaces/{ns}/networkpolicies", self.list_policies),
+                web.get("/api/v1/namespaces/{ns}/events", self.list_events),
                 web.post("/stub", self.stub),
             ]
         )

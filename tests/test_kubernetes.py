@@ -33,6 +33,7 @@ from entropo_ray.sandbox import (
     SandboxSpec,
     cgroup,
     channels,
+    keeper,
     machine,
     open_sandbox,
     pods,
@@ -72,6 +73,9 @@ def made(make):
     for known in (manifest["metadata"]["labels"], manifest["metadata"]["annotations"]):
         for key in ("entropo.owner", "entropo.host", "entropo.deadline"):
             known[key] = "-"
+    (box,) = manifest["spec"]["containers"]
+    source = keeper.SUPERVISOR.read_text().replace("$", "$$")
+    box["command"] = ["SUPERVISOR" if word == source else word for word in box["command"]]
     return manifest
 
 
@@ -94,7 +98,7 @@ def test_a_pod_may_do_nothing_but_compute(make):
     assert (spec["restartPolicy"], spec["activeDeadlineSeconds"], spec["terminationGracePeriodSeconds"]) == (
         "Never",
         91,
-        0,
+        1,
     )
     assert spec["hostUsers"] is False
     assert spec["securityContext"]["runAsNonRoot"] is True
@@ -233,8 +237,8 @@ def terminated(**facts):
     return {"phase": "Failed", "containerStatuses": [{"state": {"terminated": facts}}]}
 
 
-def waiting(reason):
-    return {"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"reason": reason, "message": "because"}}}]}
+def waiting(reason, message="because"):
+    return {"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"reason": reason, "message": message}}}]}
 
 
 SAID = {
@@ -249,8 +253,14 @@ SAID = {
         "Unschedulable: 0/3 nodes",
     ),
     "creating": (waiting("ContainerCreating"), None, "ContainerCreating: because"),
-    "back-off": (waiting("ImagePullBackOff"), ImageMissing, "ImagePullBackOff: because"),
-    "no image": (waiting("ErrImagePull"), ImageMissing, "registry.example/a:1: no such repository layer"),
+    "back-off": (waiting("ImagePullBackOff"), None, "ImagePullBackOff: because"),
+    "busy registry": (waiting("ErrImagePull", "429 toomanyrequests"), None, "ErrImagePull: 429"),
+    "no image": (
+        waiting("ErrImagePull", "a: Not Found"),
+        ImageMissing,
+        "registry.example/a:1: no such repository layer",
+    ),
+    "slow node": (waiting("CreateContainerError", "context deadline exceeded"), None, "CreateContainerError: context"),
     "no name": (waiting("InvalidImageName"), ImageMissing, "InvalidImageName"),
     "no container": (waiting("CreateContainerConfigError"), SandboxError, "CreateContainerConfigError: because"),
     "no memory": (terminated(reason="OOMKilled", exitCode=137), SandboxLost, "OOMKilled: exit code 137"),
@@ -571,10 +581,62 @@ def test_what_the_server_refuses_becomes_the_right_error(server, status, message
 
 @pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff"])
 def test_an_image_that_cannot_be_pulled_is_missing(server, reason):
-    server.tell(statuses={"none": [waiting("ContainerCreating"), waiting(reason)]})
+    server.tell(statuses={"none": [waiting("ContainerCreating"), waiting(reason, "manifest unknown")]})
     with pytest.raises(ImageMissing, match=f"none: no such repository layer .*{reason}"):
         run("true", image="none")
     assert not names(server)
+
+
+def test_what_a_node_tells_in_events_alone_is_told(server):
+    """And a registry that is busy is waited for."""
+    server.tell(
+        statuses={"busy": [waiting("ErrImagePull", "429 toomanyrequests")]},
+        events=[
+            {"type": "Warning", "reason": "FailedCreatePodSandBox", "message": "no user namespaces here"},
+            {"type": "Normal", "reason": "Scheduled", "message": "never mind"},
+        ],
+    )
+    said = "of busy: not running after 1 s; .*429 toomanyrequests; FailedCreatePodSandBox: no user namespaces here$"
+    with pytest.raises(CapacityError, match=said):
+        run("true", image="busy", cluster=config.Kubernetes(start_s=1))
+    assert not names(server)
+
+
+def test_a_command_that_the_server_cannot_start_is_asked_for_again(server, monkeypatch):
+    """Newer servers accept the connection before they look for the node."""
+    monkeypatch.setattr(machine, "_AGAIN_S", 2.0)
+    monkeypatch.setattr(backend, "_FATE_S", 0.1)
+
+    async def work(sandbox):
+        await asyncio.to_thread(functools.partial(server.tell, refused=2))
+        again = await sandbox.exec("echo again")
+        await asyncio.to_thread(functools.partial(server.tell, refused=1000))
+        with pytest.raises(SandboxLost, match="started no command: error dialing backend"):
+            await sandbox.exec("true")
+        return again
+
+    assert inside(work).output == b"again\n"
+
+
+def test_no_file_is_larger_than_what_may_be_written(server):
+    """Threat 12: a container's termination log lies on the node's disk."""
+    done = run("ulimit -f", cluster=config.Kubernetes(tree_mb=8))
+    assert int(done.output) == (8 + SMALL.disk_mb) << 10
+
+
+def test_a_proxy_of_the_configuration_is_for_commands_too():
+    client = pytest.importorskip("kubernetes.client")
+    found = client.Configuration()
+    found.proxy, found.no_proxy = None, None
+    assert channels._proxy(found) == {}
+    found.proxy, found.no_proxy = "http://u:p@proxy.example:3128", "a.example, b.example"
+    assert channels._proxy(found) == {
+        "proxy_type": "http",
+        "http_proxy_host": "proxy.example",
+        "http_proxy_port": 3128,
+        "http_proxy_auth": ("u", "p"),
+        "http_no_proxy": ["a.example", "b.example"],
+    }
 
 
 def test_a_pod_that_never_runs_is_waited_for_until_its_time_and_the_reason_told(server):
@@ -731,6 +793,10 @@ def test_a_probe_names_what_is_missing(server):
     ]
     server.tell(policies=[kind("NetworkPolicy")])
     assert probe("kubernetes") == []
+    server.tell(users=False)
+    (sentence,) = probe("kubernetes")
+    assert "user_namespace=false" in sentence
+    assert probe("kubernetes", config.Kubernetes(user_namespace=False)) == []
     server.tell(denied=["create pods", "update leases"])
     (sentence,) = probe("kubernetes")
     assert sentence.startswith("kubernetes: no permission in namespace entropo-sandbox: ")
@@ -738,7 +804,7 @@ def test_a_probe_names_what_is_missing(server):
     for spoil in ({"policyTypes": ["Ingress"]}, {"egress": [{}]}, {"podSelector": {"matchLabels": {"a": "b"}}}):
         policy = kind("NetworkPolicy")
         policy["spec"] |= spoil
-        server.tell(denied=[], policies=[policy])
+        server.tell(denied=[], users=True, policies=[policy])
         assert len(probe("kubernetes")) == 1, spoil
 
 
@@ -783,7 +849,44 @@ def test_a_pod_belongs_to_the_lease_of_its_process_and_ends_with_it(server):
     inside(work)
 
 
-def test_reaping_removes_what_nobody_holds_and_nothing_else(server):
+@pytest.fixture
+def sure(monkeypatch):
+    monkeypatch.setattr(backend, "_SURE_S", 0.2)
+
+
+def test_a_lease_that_is_renewed_after_an_outage_of_the_server_is_held(server, sure):
+    server.tell(leases=[lease("stale", 90)], pods=[pod("idle", "stale")])
+    here = backend.cluster("entropo-sandbox")
+    for seconds_ago in (80, 70):  # a renewal that was long on its way, and one that was not
+        assert here.reap() == 0
+        assert here.doubts()
+        time.sleep(0.3)
+        server.tell(leases=[lease("stale", seconds_ago)])
+    server.tell(leases=[lease("stale", 5)])
+    assert (here.reap(), here.doubts(), names(server)) == (0, False, ["idle"])
+
+
+def test_a_lease_is_renewed_whatever_went_wrong(server, monkeypatch):
+    held, waits = backend.cluster("entropo-sandbox")._lease, []
+    renewed = iter([RuntimeError("odd"), BackendDown("away"), None])
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 4:
+            raise SystemExit
+
+    def renew():
+        if (trouble := next(renewed)) is not None:
+            raise trouble
+
+    monkeypatch.setattr(backend.time, "sleep", wait)
+    monkeypatch.setattr(held, "renew", renew)
+    with pytest.raises(SystemExit):
+        held._renew_for_ever()
+    assert waits == [backend._RENEW_S, backend._AGAIN_S, backend._AGAIN_S, backend._RENEW_S]
+
+
+def test_reaping_removes_what_nobody_holds_and_nothing_else(server, sure):
     late = str(int(time.time()) - 5)
     held = [pod("held", "fresh"), pod("old", "stale"), pod("orphan", "none"), pod("late", "fresh", deadline=late)]
     server.tell(leases=[lease("fresh", 5), lease("stale", 90)], pods=[*held, pod("foreign")])
@@ -800,7 +903,7 @@ def test_reaping_removes_what_nobody_holds_and_nothing_else(server):
     assert [p["metadata"]["name"] for p in server.pods] == ["foreign"]
 
 
-def test_the_servers_clock_decides_and_not_ours(server, monkeypatch):
+def test_the_servers_clock_decides_and_not_ours(server, sure, monkeypatch):
     now = time.time
     server.tell(leases=[lease("fresh", 5), lease("stale", 90)], pods=[pod("held", "fresh"), pod("old", "stale")])
     for ahead_s in (1000, -1000):

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from entropo_ray.sandbox.attached import CHUNK, Exchange, Sink, Source
 from entropo_ray.sandbox.keeper import NAMES, OPEN_FILES
@@ -26,7 +26,7 @@ _PROTOCOLS = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
 # Words come as input, not in the address, which proxies bound to a few kilobytes. The first line tells how many there
 # are, and how much input follows them.
 BOOT = f"""
-ulimit -c 0 -n {OPEN_FILES} 2>/dev/null
+ulimit -c 0 -f "$1" -n {OPEN_FILES} 2>/dev/null
 read -r words size && mapfile -t -d '' -n "$words" command || exit 125
 export PATH="$PATH:{NAMES}"
 exec env -- "${{command[@]}}" < <(exec head -c "$size" 2>/dev/null)
@@ -64,12 +64,29 @@ def dial(configuration: Any, path: str, query: Mapping[str, Any], timeout_s: flo
             sslopt=tls,
             header=[f"{right['key']}: {right['value']}" for right in rights if right["in"] == "header"],
             subprotocols=_PROTOCOLS,
+            **_proxy(configuration),
         )
     except websocket.WebSocketBadStatusException as error:
         said = (error.resp_body or b"").decode(errors="replace")
         raise Refused(error.status_code, _message(said) or str(error)) from error
     except (websocket.WebSocketException, OSError) as error:
         raise Refused(0, str(error)) from error
+
+
+def _proxy(configuration: Any) -> dict[str, Any]:
+    """The proxy of a kubeconfig; this library would know of the environment's alone."""
+    if not configuration.proxy:
+        return {}
+    found = urlsplit(configuration.proxy)
+    login = (found.username, found.password) if found.username else None
+    passed = [host.strip() for host in (configuration.no_proxy or "").split(",") if host.strip()]
+    return {
+        "proxy_type": "http" if found.scheme.startswith("http") else found.scheme,
+        "http_proxy_host": found.hostname,
+        "http_proxy_port": found.port,
+        "http_proxy_auth": login,
+        "http_no_proxy": passed or None,
+    }
 
 
 def header(words: Sequence[str], env: Mapping[str, str], size: int) -> bytes:

@@ -20,20 +20,10 @@ from typing import IO, Any
 
 from entropo_ray.sandbox import ImageMissing, SandboxError, SandboxSpec, marks
 from entropo_ray.sandbox.docker import asking
+from entropo_ray.sandbox.words import hopeless
 
 _SILENT_S = 300  # of one answer: the engine unpacks layers and trees meanwhile
 _LIFE_S = 7200.0  # of a container that is never started
-_HOPELESS = (
-    "not found",
-    "does not exist",
-    "manifest unknown",
-    "no matching manifest",
-    "access denied",
-    "access to the resource is denied",
-    "unauthorized",
-    "authentication required",
-    "invalid reference",
-)
 
 
 class Shelf:
@@ -73,7 +63,7 @@ class Shelf:
             with asking(what, missing=ImageMissing):
                 _followed(ask(reference, stream=True, decode=True), what, within_s, cut)
         except SandboxError as error:
-            if any(words in str(error).lower() for words in _HOPELESS):
+            if hopeless(str(error)):
                 raise ImageMissing(str(error)) from error
             raise
 

@@ -56,12 +56,15 @@ _PATIENCE_S = 60.0  # with a server that is busy or away
 _LOOK_S = 5  # one watch; how soon a cut is seen
 _FATE_S = 3.0  # until the cluster knows of a container's end
 _RENEW_S, _STALE_S = 15.0, 60.0
+_RENEWED_S, _AGAIN_S = 5.0, 2.0  # a renewal's answer, and until it is tried again
+_SURE_S = 20.0  # what is stale after so long again has no owner: an outage of the server makes all stale
 _FILL_S = 300.0
 _AGAIN = (0, 409, 429, 500, 502, 503, 504)
 _NEEDED = [
     *(("", "pods", "", verb) for verb in ("create", "get", "list", "watch", "delete")),
     *(("", "pods", sub, verb) for sub in ("exec", "attach") for verb in ("get", "create")),
     *(("coordination.k8s.io", "leases", "", verb) for verb in ("create", "get", "list", "update", "delete")),
+    ("", "events", "", "list"),
     ("networking.k8s.io", "networkpolicies", "", "list"),
 ]
 
@@ -219,7 +222,19 @@ class Cluster:
                 reason = now.reason
                 if cut.is_set():
                     break
-        raise CapacityError(f"{name} of {spec.image}: not running after {start_s:.0f} s; the cluster says: {reason}")
+        said = "; ".join([reason, *self._warnings(name)])
+        raise CapacityError(f"{name} of {spec.image}: not running after {start_s:.0f} s; the cluster says: {said}")
+
+    def _warnings(self, name: str) -> list[str]:
+        """What no status says: networks, mounts and user namespaces that a node could not make."""
+        which = {"field_selector": f"involvedObject.name={name}", "_request_timeout": _ANSWER_S}
+        try:
+            ask = functools.partial(self.core().list_namespaced_event, self.namespace, **which)
+            found = self.asked(f"events of {name}", ask).items
+        except SandboxError:
+            return []
+        told = [f"{event.reason}: {event.message}" for event in found if event.type == "Warning"]
+        return list(dict.fromkeys(told))[-3:]
 
     def _seen(self, name: str, spec: SandboxSpec, until: float) -> Iterator[State]:
         """What the cluster tells of a pod, for one watch."""
@@ -251,7 +266,8 @@ class Cluster:
     ) -> Channels:
         """Start a command as the agent."""
         first = header(words, env, len(source))
-        query = {"container": BOX, "command": ["bash", "-c", BOOT], "stdin": "true", "stdout": "true"}
+        boot = ["bash", "-c", BOOT, "bash", str(pods.file_kib(self._specs.get(name, SandboxSpec(""))))]
+        query = {"container": BOX, "command": boot, "stdin": "true", "stdout": "true"}
         return Channels(self._dialled(name, "exec", query), source, sink, cut, first)
 
     def ask(self, name: str, word: str, tree: Source, sink: Sink, cut: threading.Event) -> Channels:
@@ -301,7 +317,11 @@ class Cluster:
 
     def _delete(self, name: str) -> None:
         delete = functools.partial(
-            self.core().delete_namespaced_pod, name, self.namespace, grace_period_seconds=0, _request_timeout=_ANSWER_S
+            self.core().delete_namespaced_pod,
+            name,
+            self.namespace,
+            grace_period_seconds=pods.GRACE_S,
+            _request_timeout=_ANSWER_S,
         )
         self.asked(f"removing {name}", delete)
 
@@ -316,13 +336,18 @@ class Cluster:
         left = 0
         for pod in found.items:
             known = pod.metadata.labels or {}
-            if known["entropo.lease"] not in living or marks.late(known):
+            going = pod.metadata.deletion_timestamp is not None
+            if not going and (known["entropo.lease"] not in living or marks.late(known)):
                 left += 1
                 with contextlib.suppress(SandboxLost):  # it went with its Lease, or another reaper was here
                     self._delete(pod.metadata.name)
         return left
 
-    def probe(self) -> list[str]:
+    def doubts(self) -> bool:
+        """Whether a Lease is stale that the next look may find renewed."""
+        return self._lease.doubts()
+
+    def probe(self, settings: config.Kubernetes) -> list[str]:
         """What is missing in this namespace."""
         from kubernetes.client import AuthorizationV1Api, V1SelfSubjectAccessReview
 
@@ -336,9 +361,26 @@ class Cluster:
             if not self.asked("asking what is permitted", ask).status.allowed:
                 missing.append(f"{verb} {resource}{f'/{sub}' if sub else ''}")
         sentences = [f"no permission in namespace {self.namespace}: {', '.join(missing)}"] if missing else []
+        if settings.user_namespace and "create pods" not in missing and not self._separates_users(settings):
+            sentences.append(
+                "the server ignores hostUsers (before 1.33, a feature gate): root inside is root on the node; "
+                "rollout.sandbox.kubernetes.user_namespace=false says that this is known"
+            )
         if "list networkpolicies" in missing:
             return [*sentences, f"whether a NetworkPolicy cuts the network of {self.namespace} cannot be seen"]
         return sentences if self._cut_off() else [*sentences, self._open_network()]
+
+    def _separates_users(self, settings: config.Kubernetes) -> bool:
+        """Whether a pod would be made with what was asked for; none is."""
+        from kubernetes.client import V1Pod
+
+        spec = SandboxSpec("probe", cluster=settings)
+        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "name": self._lease.name, "uid": "none"}
+        body = V1Pod.from_dict(pods.clean(spec, f"{self._lease.name}-probe", 1.0, lease))
+        make = functools.partial(
+            self.core().create_namespaced_pod, self.namespace, body, dry_run="All", _request_timeout=_ANSWER_S
+        )
+        return self.asked("a pod that is not made", make).spec.host_users is False
 
     def _open_network(self) -> str:
         return f"no NetworkPolicy of namespace {self.namespace} selects entropo.role and denies ingress and egress"
@@ -373,6 +415,7 @@ class _Lease:
         self._turn = threading.Lock()
         self._held: Any = None
         self._ahead_s = 0.0  # the server's clock, less ours
+        self._doubted: dict[str, tuple[str, float]] = {}  # stale Leases: their version, and since when it was so
 
     def owner(self) -> Manifest:
         """Reference to it, for what shall end with it; made, and renewed from then on, when first asked for."""
@@ -408,22 +451,23 @@ class _Lease:
 
     def _renew_for_ever(self) -> None:
         """As long as the process lives; one that cannot be renewed in time is lost, with all that belongs to it."""
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
+        pause_s = _RENEW_S
         while True:
-            time.sleep(_RENEW_S)
-            with contextlib.suppress(ApiException, HTTPError, OSError):
+            time.sleep(pause_s)
+            try:
                 self.renew()
+                pause_s = _RENEW_S
+            except Exception:  # whatever it was: without this thread, all sandboxes of this process would end
+                pause_s = _AGAIN_S
 
     def renew(self) -> None:
         from kubernetes.client import ApiException
 
         leases, place = self._cluster.leases(), self._cluster.namespace
         try:
-            held = leases.read_namespaced_lease(self.name, place, _request_timeout=_ANSWER_S)
+            held = leases.read_namespaced_lease(self.name, place, _request_timeout=_RENEWED_S)
             held.spec.renew_time = self._time()
-            held = leases.replace_namespaced_lease(self.name, place, held, _request_timeout=_ANSWER_S)
+            held = leases.replace_namespaced_lease(self.name, place, held, _request_timeout=_RENEWED_S)
         except ApiException as error:
             if error.status != 404:
                 raise
@@ -431,29 +475,46 @@ class _Lease:
         with self._turn:
             self._held = held
 
+    def doubts(self) -> bool:
+        return bool(self._doubted)
+
     def living(self) -> set[str]:
-        """Names of all that hold. What is stale or whose owner is dead here is deleted, unless it was just renewed."""
+        """Names of all that hold. Deleted is what has no owner, unless it was just renewed.
+
+        That is one whose owner is dead here, and one that is stale and was not renewed since a look some time ago.
+        """
+        found, now = self._now()
+        living, doubted = set(), {}
+        for lease in found.items:
+            name, known, renewed = lease.metadata.name, lease.metadata.labels or {}, lease.spec.renew_time
+            version, used = lease.metadata.resource_version, marks.in_use(known)
+            if used and renewed is not None and now - renewed.timestamp() < _STALE_S:
+                living.add(name)
+                continue
+            if used:
+                before, since = self._doubted.get(name, ("", 0.0))
+                doubted[name] = version, since if before == version else time.monotonic()
+            if (used and time.monotonic() - doubted[name][1] < _SURE_S) or not self._deleted(name, version):
+                living.add(name)
+            else:
+                doubted.pop(name, None)
+        self._doubted = doubted
+        return living
+
+    def _deleted(self, name: str, version: str) -> bool:
+        """False if it has another version by now; one that cannot be deleted is as good as deleted."""
         from kubernetes.client import ApiException, V1DeleteOptions, V1Preconditions
 
-        leases, place = self._cluster.leases(), self._cluster.namespace
-        found, now = self._now()
-        living = set()
-        for lease in found.items:
-            known, renewed = lease.metadata.labels or {}, lease.spec.renew_time
-            fresh = renewed is not None and now - renewed.timestamp() < _STALE_S
-            if fresh and marks.in_use(known):
-                living.add(lease.metadata.name)
-                continue
-            same = V1DeleteOptions(preconditions=V1Preconditions(resource_version=lease.metadata.resource_version))
-            with contextlib.suppress(ApiException), _asking(f"removing Lease {lease.metadata.name}"):
-                try:
-                    leases.delete_namespaced_lease(lease.metadata.name, place, body=same, _request_timeout=_ANSWER_S)
-                except ApiException as error:
-                    if error.status == 409:
-                        living.add(lease.metadata.name)
-                    elif error.status != 404:
-                        raise
-        return living
+        same = V1DeleteOptions(preconditions=V1Preconditions(resource_version=version))
+        delete = self._cluster.leases().delete_namespaced_lease
+        with contextlib.suppress(SandboxError), _asking(f"removing Lease {name}"):
+            try:
+                delete(name, self._cluster.namespace, body=same, _request_timeout=_ANSWER_S)
+            except ApiException as error:
+                if error.status == 409:
+                    return False
+                raise
+        return True
 
     def _now(self) -> tuple[Any, float]:
         """Leases of ours, and the time on the server's clock."""
@@ -530,14 +591,19 @@ def reap(settings: config.Kubernetes | None = None) -> int:
     try:
         here = cluster((settings or config.Kubernetes()).namespace)
         before, here.found = here.found, 0
-        return before + here.reap()
+        found = before + here.reap()
+        if here.doubts():
+            time.sleep(_SURE_S)
+            found += here.reap()
+        return found
     except BackendDown:
         return 0
 
 
 def probe(settings: config.Kubernetes | None = None) -> list[str]:
     """What this cluster lacks, one sentence each."""
+    settings = settings or config.Kubernetes()
     try:
-        return [f"kubernetes: {sentence}" for sentence in cluster((settings or config.Kubernetes()).namespace).probe()]
+        return [f"kubernetes: {sentence}" for sentence in cluster(settings.namespace).probe(settings)]
     except SandboxError as error:
         return [f"kubernetes: {error}"]

@@ -2,7 +2,8 @@
 
 A sandbox's root is read-only. What can be written lies in memory, as Docker's does, so that a full disk is a result and
 no eviction: the working directory (an init container fills it with a copy of the image's, for which `tree_mb` are
-added), /tmp, /home/agent and /dev/shm share `disk_mb` as 4 : 2 : 1 : 1.
+added), /tmp, /home/agent and /dev/shm share `disk_mb` as 4 : 2 : 1 : 1. One file of the node's disk remains, which
+every container gets and nobody counts (/dev/termination-log): no file may be larger than all these places.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from entropo_ray import config
 from entropo_ray.sandbox import ImageMissing, SandboxError, SandboxLost, SandboxSpec, keeper, marks
 from entropo_ray.sandbox.keeper import ENV, NAMES
 from entropo_ray.sandbox.stage import AGENT
+from entropo_ray.sandbox.words import hopeless
 
 Manifest = dict[str, Any]
 
 BOX = "box"  # the container
+GRACE_S = 1  # with none, a pod vanishes from the cluster, and its network policy with it, while it still runs
 _FULL_MB = 64  # of a node's disk: nothing is written there but the words of a failed start
 _SPARE_MB = 1024
 _FILLED = "/opt/fill"
@@ -33,8 +36,8 @@ set -o pipefail
 cd -- "$1" && find . -mindepth 1 -maxdepth 1 -print0 | tar --null -T - -cf - | tar -C "$2" -xpf -
 """
 _SAFE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
-_NO_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
-_NO_CONTAINER = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_NO_IMAGE = ("InvalidImageName", "ErrImageNeverPull")
+_NO_PULL = ("ErrImagePull", "ImagePullBackOff")  # which a node tries again, later and later
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ def writable(spec: SandboxSpec, settings: config.Kubernetes) -> dict[str, int]:
     return {spec.workdir: 4 * eighth + tree, "/tmp": 2 * eighth, "/home/agent": eighth, "/dev/shm": eighth}
 
 
+def file_kib(spec: SandboxSpec) -> int:
+    """The largest file that a command may write."""
+    settings = spec.cluster or config.Kubernetes()
+    extracting = spec.labels.get("role") == "extract"
+    return (_room_mb(spec, settings) if extracting else settings.tree_mb + spec.limits.disk_mb) << 10
+
+
+def _room_mb(spec: SandboxSpec, settings: config.Kubernetes) -> int:
+    """For a copy of a work tree and the objects of its changes."""
+    return 2 * settings.tree_mb + 4 * spec.limits.disk_mb
+
+
 def agents(spec: SandboxSpec, name: str, life_s: float, owner: Manifest) -> Manifest:
     """A pod with the image's work directory in it, the agent's to change."""
     settings = spec.cluster or config.Kubernetes()
@@ -68,7 +83,7 @@ def agents(spec: SandboxSpec, name: str, life_s: float, owner: Manifest) -> Mani
 def clean(spec: SandboxSpec, name: str, life_s: float, owner: Manifest) -> Manifest:
     """A pod with the image as it is, and room on the node's disk for work trees and the objects of their changes."""
     settings = spec.cluster or config.Kubernetes()
-    room_mb = 2 * settings.tree_mb + 4 * spec.limits.disk_mb
+    room_mb = _room_mb(spec, settings)
     volumes = {"/tmp": {"emptyDir": {"sizeLimit": f"{room_mb}Mi"}}, NAMES: _memory(1 << 16)}
     bounds = _resources(settings, spec.limits.memory_mb, room_mb + _SPARE_MB)
     box = _box(spec, keeper.words(life_s, ["/tmp"]), bounds, list(volumes))
@@ -95,7 +110,7 @@ def _pod(
         "spec": {
             "restartPolicy": "Never",
             "activeDeadlineSeconds": math.ceil(life_s),
-            "terminationGracePeriodSeconds": 0,
+            "terminationGracePeriodSeconds": GRACE_S,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "hostUsers": not settings.user_namespace,
@@ -203,10 +218,11 @@ def _pending(status: Manifest, spec: SandboxSpec) -> State:
     kinds = ("initContainerStatuses", "containerStatuses")
     waiting = [w for kind in kinds for s in status.get(kind) or () if (w := (s.get("state") or {}).get("waiting"))]
     for wait in waiting:
-        if wait.get("reason") in _NO_IMAGE:
+        pulling = wait.get("reason") in _NO_PULL and hopeless(wait.get("message") or "")
+        if pulling or wait.get("reason") in _NO_IMAGE:
             missing = f"{spec.image}: no such repository layer (an image that the cluster can pull): {_words(wait)}"
             return State(False, ImageMissing, missing)
-        if wait.get("reason") in _NO_CONTAINER:
+        if wait.get("reason") == "CreateContainerConfigError":
             return State(False, SandboxError, _words(wait))
     held = [c for c in status.get("conditions") or () if c.get("type") == "PodScheduled" and c.get("status") == "False"]
     words = [_words(facts) for facts in (*held, *waiting)]
