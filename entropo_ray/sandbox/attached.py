@@ -7,6 +7,8 @@ command's output, and no byte can arrive before we listen.
 from __future__ import annotations
 
 import mmap
+import select
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -59,3 +61,16 @@ class Exchange(ABC):
             self._sink(payload[len(READY) :])
         else:
             self.complaint += payload[:1000]
+
+
+def exchange(
+    connection: socket.socket, wait_s: float, receive: Callable[[], None], send: Callable[[], None] | None
+) -> None:
+    """Send (None: there is nothing) and receive what can be; if nothing can, wait for so long at most."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN | (select.POLLOUT if send else 0))
+    for _, events in poll.poll(wait_s * 1000 + 1):
+        if send and events & select.POLLOUT:
+            send()
+        if events & ~select.POLLOUT:
+            receive()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import ssl
 import threading
 import time
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from entropo_ray.sandbox.attached import CHUNK, Exchange, Sink, Source
+from entropo_ray.sandbox.attached import CHUNK, Exchange, Sink, Source, exchange
 from entropo_ray.sandbox.keeper import NAMES, OPEN_FILES
 
 _PING_S = 20.0  # proxies cut connections that are silent for a minute or more
@@ -122,13 +121,7 @@ class Channels(Exchange):
 
     def _turn(self, wait_s: float) -> None:
         self._quiet()
-        poll = select.poll()
-        poll.register(self._connection, select.POLLIN | (0 if self._unsent is None else select.POLLOUT))
-        for _, events in poll.poll(wait_s * 1000 + 1):
-            if events & select.POLLOUT:
-                self._send()
-            if events & ~select.POLLOUT:
-                self._receive()
+        exchange(self._connection, wait_s, self._receive, None if self._unsent is None else self._send)
 
     def _send(self) -> None:
         try:

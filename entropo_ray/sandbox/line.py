@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from entropo_ray.sandbox.attached import CHUNK, Exchange, Sink, Source
+from entropo_ray.sandbox.attached import CHUNK, Exchange, Sink, Source, exchange
 
 _HEADER = 8
 _OF_COMMANDS = (b"out", b"more", b"end", b"fail")
@@ -76,13 +75,7 @@ class Line:
             self._unsent = memoryview(next(self._queue[0], b""))
             if not self._unsent:
                 self._queue.popleft()
-        poll = select.poll()
-        poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-        for _, events in poll.poll(wait_s * 1000 + 1):
-            if events & select.POLLOUT:
-                self._send()
-            if events & ~select.POLLOUT:
-                self._receive()
+        exchange(self._connection, wait_s, self._receive, self._send if self._unsent else None)
 
     def _send(self) -> None:
         try:
