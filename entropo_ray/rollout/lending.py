@@ -58,7 +58,7 @@ def end_with_parent() -> None:
     """Kill this process soon after its parent has ended.
 
     Ray's workers end when their raylet does; but while one waits for a controller that was killed, too, it lives on for
-    minutes, and so would the sandboxes.
+    a minute and more, and so would the sandboxes.
     """
     parent = os.getppid()
 

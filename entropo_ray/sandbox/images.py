@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from entropo_ray.sandbox import ImageMissing, SandboxError, SandboxSpec, marks
 from entropo_ray.sandbox.docker import asking
-from entropo_ray.sandbox.words import hopeless
+from entropo_ray.sandbox.registry import hopeless
 
 _SILENT_S = 300  # of one answer: the engine unpacks layers and trees meanwhile
 _LIFE_S = 7200.0  # of a container that is never started

@@ -18,8 +18,8 @@ from typing import Any
 from entropo_ray import config
 from entropo_ray.sandbox import ImageMissing, SandboxError, SandboxLost, SandboxSpec, keeper, marks
 from entropo_ray.sandbox.keeper import ENV, NAMES
+from entropo_ray.sandbox.registry import hopeless
 from entropo_ray.sandbox.stage import AGENT
-from entropo_ray.sandbox.words import hopeless
 
 Manifest = dict[str, Any]
 

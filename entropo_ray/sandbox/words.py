@@ -1,7 +1,4 @@
-"""What a program is given: its environment, and words, some of which none can be given; policies write anything.
-
-And what a registry says.
-"""
+"""What a program is given: its environment, and words, some of which none can be given; policies write anything."""
 
 from __future__ import annotations
 
@@ -32,21 +29,3 @@ def unspeakable(words: Iterable[str]) -> bytes:
         except UnicodeEncodeError:
             return b"bash: the command holds a lone surrogate\n"
     return b""
-
-
-_HOPELESS = (
-    "not found",
-    "does not exist",
-    "manifest unknown",
-    "no matching manifest",
-    "access denied",
-    "access to the resource is denied",
-    "unauthorized",
-    "authentication required",
-    "invalid reference",
-)
-
-
-def hopeless(said: str) -> bool:
-    """Whether these are a registry's words for what asking again does not help."""
-    return any(words in said.lower() for words in _HOPELESS)
